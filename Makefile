@@ -1,0 +1,44 @@
+# Every target sets up what it needs on a fresh machine: a virtual environment in .venv, pinned by
+# constraints.txt (torch first: another release would bring several GB of CUDA packages).
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CLEAN_CACHE := rm -rf .import_linter_cache
+
+.PHONY: setup demo test test-slow check fmt peft-suite ci
+
+setup: .venv/dev.stamp
+
+.venv/cli.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PIP) -e ".[cli]"
+	touch $@
+
+.venv/dev.stamp: .venv/cli.stamp
+	$(PIP) -e ".[dev]"
+	touch $@
+
+demo: .venv/cli.stamp
+	$(BIN)/dynlora demo
+
+test: .venv/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(CLEAN_CACHE) && $(BIN)/lint-imports
+
+fmt: .venv/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+peft-suite: .venv/dev.stamp
+	$(BIN)/python scripts/peft_suite.py
+
+ci: check test demo

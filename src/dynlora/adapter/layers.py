@@ -1,0 +1,294 @@
+"""Gates inside PEFT's LoRA layers: y = W x + s · B (c ⊙ A x).
+
+The gate c lives inside ``lora_A[adapter]``: the class of that module is swapped for one that
+multiplies its output by c, and the class of the LoRA layer for one whose ``get_delta_weight`` sees
+c. So every backend that computes ``lora_B(lora_A(dropout(x))) * scaling`` works unmodified.
+Embeddings keep their factors as bare parameters; they get a ``lora_c`` entry and a LoraVariant.
+
+Beside the weights, each layer holds two buffers: ``lora_ema`` (smoothed importance, Eq. 8) and
+``lora_live`` (False = pruned). They are saved and loaded with the adapter, so a checkpoint is whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+
+BUFFERS = ("lora_ema", "lora_live")
+_gated: dict[type, type] = {}
+_dynlora: dict[type, type] = {}
+
+
+def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a Linear or ConvNd class whose outputs, one per component, are multiplied by c."""
+    if cls not in _gated:
+        is_linear = issubclass(cls, nn.Linear)
+
+        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            z: Tensor = cls.forward(self, x, *args, **kwargs)
+            c = self.c.to(z.dtype)
+            return z * (c if is_linear else c.view(1, -1, *[1] * (z.ndim - 2)))
+
+        _gated[cls] = _named_class("Gated" + cls.__name__, cls, {"forward": forward})
+    return _gated[cls]
+
+
+def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
+    """Subclass of a LoRA layer class that merges, saves and loads the gates of its adapters."""
+    if cls not in _dynlora:
+
+        def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(self.lora_variant.get(adapter), EmbeddingGate):
+                return embedding_delta(self, adapter)
+            if not is_gated(self, adapter):
+                return cls.get_delta_weight(self, adapter, *args, **kwargs)
+            with _gate_in_weight(self.lora_A[adapter]):
+                return cls.get_delta_weight(self, adapter, *args, **kwargs)
+
+        def _load_from_state_dict(
+            self: Any, state: dict[str, Tensor], prefix: str, *rest: Any
+        ) -> None:
+            for adapter in list(self.lora_ema):
+                saved = state.get(f"{prefix}lora_ema.{adapter}")
+                if saved is not None:
+                    resize_(self, adapter, saved.shape[0])
+            cls._load_from_state_dict(self, state, prefix, *rest)
+
+        def other_param_names(self: Any) -> tuple[str, ...]:
+            """What ``delete_adapter`` empties beside the weights; some stock layers add to it."""
+            stock = self.__dict__.get("other_param_names", cls.other_param_names)
+            own = (*BUFFERS, "dropped_factors")
+            return (*stock, *(name for name in own if hasattr(self, name)))
+
+        body = {
+            "get_delta_weight": get_delta_weight,
+            "_load_from_state_dict": _load_from_state_dict,
+            "other_param_names": property(other_param_names),
+            "stock_class": cls,
+        }
+        name = "DynLora" + cls.__module__.rpartition(".")[2].title() + cls.__name__
+        _dynlora[cls] = _named_class(name, cls, body)
+    return _dynlora[cls]
+
+
+def _named_class(name: str, base: type, body: dict[str, Any]) -> Any:
+    """A generated class that pickle finds by its name in this file."""
+    globals()[name] = type(name, (base,), {**body, "__module__": __name__})
+    return globals()[name]
+
+
+@contextmanager
+def _gate_in_weight(lora_a: Any) -> Iterator[None]:
+    """Let ``lora_a.weight`` be c ⊙ weight, with gradient, for as long as the context lasts."""
+    weight = lora_a._parameters.pop("weight")
+    gate = lora_a.c.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+    lora_a.weight = weight * gate
+    try:
+        yield
+    finally:
+        del lora_a.weight
+        lora_a._parameters["weight"] = weight
+
+
+def is_gated(layer: lora.LoraLayer, adapter: str) -> bool:
+    """Whether ``layer`` holds factors with gates for ``adapter`` (not so once it fell to rank 0)."""
+    if adapter in layer.lora_A:
+        return hasattr(layer.lora_A[adapter], "c")
+    return isinstance(layer.lora_variant.get(adapter), EmbeddingGate)
+
+
+def factors(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """A (rank, in, ...), B (out, rank, ...) and c (rank,) of a gated adapter in one layer."""
+    if isinstance(layer, lora.Embedding):
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return a, b, layer.lora_c[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.lora_A[adapter].c
+
+
+def set_factors_(
+    layer: Any, adapter: str, a: nn.Parameter, b: nn.Parameter, c: nn.Parameter
+) -> None:
+    """Swap the three Parameters of a gated adapter in one layer."""
+    if isinstance(layer, lora.Embedding):
+        layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = a, b
+        layer.lora_c[adapter] = c
+    else:
+        layer.lora_A[adapter].weight, layer.lora_B[adapter].weight = a, b
+        layer.lora_A[adapter].c = c
+
+
+def embedding_delta(layer: Any, adapter: str) -> Tensor:
+    """ΔW of a gated embedding, (vocabulary, dim)."""
+    a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]  # (r, vocab), (dim, r)
+    delta: Tensor = ((b * layer.lora_c[adapter].to(b.dtype)) @ a).T * layer.scaling[adapter]
+    return delta
+
+
+class EmbeddingGate(lora.LoraVariant):  # type: ignore[misc]  # peft is untyped
+    """Forward and merge of a gated embedding: e(x) = W[x] + s · (A[:, x]ᵀ ⊙ c) Bᵀ."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **_kwargs: Any) -> None:
+        """Nothing to do: ``attach_gate_`` follows whenever PEFT builds the factors."""
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight, as a new tensor."""
+        return orig_weight + embedding_delta(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Merge in place."""
+        orig_weight.data.add_(embedding_delta(module, active_adapter))
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The weight without the update, as a new tensor."""
+        return orig_weight - embedding_delta(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
+    ) -> Tensor:
+        """Embed ``x`` (...,) and add the update to ``result`` (..., dim)."""
+        a = module.lora_embedding_A[active_adapter].T
+        b = module.lora_embedding_B[active_adapter].T
+        z = module._embed(x, a)
+        z = z * module.lora_c[active_adapter].to(z.dtype)
+        update = z @ b * module.scaling[active_adapter]
+        scale = module._get_embed_scale()  # Gemma and others scale inside their embedding
+        return result + (update if scale is None else update * scale.to(update.dtype))
+
+
+def attach_gate_(
+    layer: Any, adapter: str, *, identity: bool, init_std: float | None
+) -> nn.Parameter:
+    """Give ``adapter`` of a stock LoRA layer its gate and buffers, and draw A and B anew, in place.
+
+    Args:
+        layer: a LoRA layer that holds ``adapter``.
+        adapter: name of the adapter.
+        identity: True starts at ΔW = 0 (c = 0); False keeps PEFT's random A and B and c = 1.
+        init_std: None for the official Kaiming initialisation, else the standard deviation.
+
+    Returns:
+        The gate, (rank,).
+    """
+    if isinstance(layer, lora.Embedding):
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        if not hasattr(layer, "lora_c"):
+            layer.lora_c = nn.ParameterDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_c")
+        gate = nn.Parameter(torch.zeros(a.shape[0], dtype=a.dtype, device=a.device))
+        layer.lora_c[adapter] = gate
+        layer.lora_variant[adapter] = EmbeddingGate()
+        gate = layer.lora_c[adapter]
+    else:
+        lora_a = layer.lora_A[adapter]
+        a, b = lora_a.weight, layer.lora_B[adapter].weight
+        lora_a.__class__ = gated_class(type(lora_a))
+        gate = nn.Parameter(torch.zeros(a.shape[0], dtype=a.dtype, device=a.device))
+        lora_a.c = gate
+    if not hasattr(type(layer), "stock_class"):
+        layer.__class__ = dynlora_class(type(layer))
+    if not hasattr(layer, "lora_ema"):
+        layer.lora_ema = BufferDict({}, persistent=True)
+        layer.lora_live = BufferDict({}, persistent=True)
+    layer.lora_ema[adapter] = torch.zeros(a.shape[0], device=a.device)
+    layer.lora_live[adapter] = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
+    layer.__dict__.get("dropped_factors", {}).pop(adapter, None)  # of a namesake replaced just now
+    if a.device.type != "meta":
+        _draw_(a, b, gate, identity=identity, init_std=init_std)
+    return gate
+
+
+@torch.no_grad()
+def _draw_(a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None) -> None:
+    """Initial values: the official code's Kaiming uniform with a = 0, or N(0, init_std²)."""
+    if not identity:
+        gate.fill_(1.0)
+        return
+    for factor in (a, b):
+        if init_std is None:
+            nn.init.kaiming_uniform_(factor, a=0)
+        else:
+            nn.init.normal_(factor, std=init_std)
+
+
+def drop_(layer: Any, adapter: str) -> None:
+    """Let a layer stop computing an adapter that fell to rank 0; its empty factors are put aside."""
+    kept = {}
+    for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_c"):
+        entries = getattr(layer, name, {})
+        if adapter in entries:
+            kept[name] = entries[adapter]
+            del entries[adapter]
+    layer.__dict__.setdefault("dropped_factors", {})[adapter] = kept
+    device = layer.lora_ema[adapter].device
+    layer.lora_ema[adapter] = torch.zeros(0, device=device)
+    layer.lora_live[adapter] = torch.zeros(0, dtype=torch.bool, device=device)
+
+
+def is_dropped(layer: Any, adapter: str) -> bool:
+    """Whether ``adapter`` fell to rank 0 in this layer and is no longer computed."""
+    return adapter in layer.__dict__.get("dropped_factors", {})
+
+
+def resize_(layer: Any, adapter: str, rank: int) -> None:
+    """Give the factors of ``adapter`` the rank of a checkpoint about to be loaded, in place.
+
+    Parameters keep their identity, so an optimizer that holds them stays right; their values are
+    undefined until the checkpoint is loaded.
+    """
+    if is_dropped(layer, adapter):
+        if rank == 0:
+            return
+        for name, factor in layer.__dict__["dropped_factors"].pop(adapter).items():
+            getattr(layer, name)[adapter] = factor
+    a, b, c = factors(layer, adapter)
+    if c.shape[0] != rank:
+        a.data = a.data.new_zeros(rank, *a.shape[1:])
+        b.data = b.data.new_zeros(b.shape[0], rank, *b.shape[2:])
+        c.data = c.data.new_zeros(rank)
+        a.grad = b.grad = c.grad = None
+    if layer.lora_ema[adapter].shape[0] != rank:
+        layer.lora_ema[adapter] = layer.lora_ema[adapter].new_zeros(rank)
+        layer.lora_live[adapter] = layer.lora_live[adapter].new_ones(rank)
+    if rank == 0 and can_drop(layer):
+        drop_(layer, adapter)
+    else:
+        note_rank_(layer, adapter, rank)
+
+
+def can_drop(layer: Any) -> bool:
+    """Whether a layer can do without its adapter at rank 0.
+
+    MultiheadAttention adapts two projections at once and expects both to hold the adapter.
+    """
+    return not getattr(layer, "is_half_of_attention", False)
+
+
+def note_rank_(layer: Any, adapter: str, rank: int) -> None:
+    """Let PEFT's own bookkeeping follow a change of rank; ``scaling`` stays what it was."""
+    divisor = rank**0.5 if layer.use_rslora.get(adapter) else rank
+    layer.r[adapter] = rank
+    layer.lora_alpha[adapter] = layer.scaling[adapter] * divisor
+    if adapter in layer.lora_A:
+        for module, sizes in (
+            (layer.lora_A[adapter], ("out_features", "out_channels")),
+            (layer.lora_B[adapter], ("in_features", "in_channels")),
+        ):
+            for size in sizes:
+                if hasattr(module, size):
+                    setattr(module, size, rank)
+
+
+for _stock in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    gated_class(_stock)  # named at import, so that torch.load finds them in a new process
+for _stock_layer in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
+    dynlora_class(_stock_layer)
+dynlora_class(lora.MultiheadAttention)

@@ -1,0 +1,83 @@
+"""DynLoraModel: PEFT's LoraModel with gates, registered as the PEFT method DYNLORA."""
+
+from typing import Any, NoReturn
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.peft_types import register_peft_method
+from torch import nn
+
+from dynlora.adapter.config import DYNLORA, DynLoraConfig
+from dynlora.adapter.guard import expect_allocator
+from dynlora.adapter.layers import attach_gate_
+
+
+class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
+    """Injects LoRA layers as LoraModel does, then gives each of them its gate."""
+
+    def _create_and_replace(
+        self,
+        lora_config: DynLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if getattr(base, "groups", 1) > 1:
+            raise ValueError(
+                f"target_modules matches {target_name!r}, a convolution with groups={base.groups}: its "
+                "components do not reach all outputs, so their norms cannot be compared. Name it in "
+                "exclude_modules."
+            )
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, *args, **kwargs
+        )
+        layer = getattr(parent, target_name)
+        trained = adapter_name in self.active_adapters and not lora_config.inference_mode
+        identity = lora_config.init_lora_weights is not False
+        inner = [m for m in layer.modules() if isinstance(m, lora.LoraLayer)]
+        if not all(adapter_name in {*m.lora_A, *m.lora_embedding_A} for m in inner):
+            raise ValueError(
+                f"target_modules matches {target_name!r}, whose custom LoRA layer "
+                f"{type(layer).__name__} keeps no lora_A: there are no components to gate. Name it in "
+                "exclude_modules."
+            )
+        for lora_layer in inner:  # MultiheadAttention hides a second one in its out_proj
+            lora_layer.is_half_of_attention = isinstance(layer, lora.MultiheadAttention)
+            gate = attach_gate_(
+                lora_layer, adapter_name, identity=identity, init_std=lora_config.init_std
+            )
+            gate.requires_grad_(trained)
+            if lora_config.target_r < lora_layer.r[adapter_name]:
+                expect_allocator(lora_layer, adapter_name)
+
+    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refused: PEFT's combinations read A and B and would silently ignore the gates.
+
+        Raises:
+            ValueError: always; finalized adapters are plain LoRA and can be combined.
+        """
+        raise ValueError(
+            "add_weighted_adapter cannot combine DynLora adapters: it would ignore their gates. Call "
+            "dynlora.finalize_(model, adapter) on each adapter first, then combine the plain LoRAs."
+        )
+
+
+def register() -> None:
+    """Make ``DYNLORA`` known to PEFT; importing dynlora does it."""
+    if DYNLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name="dynlora",
+            config_cls=DynLoraConfig,
+            model_cls=DynLoraModel,
+            prefix="lora_",
+            is_mixed_compatible=False,
+        )
+
+
+register()

@@ -1,0 +1,30 @@
+"""The equations of the method: pure functions of numbers and tensors, one equation a function.
+
+Nothing here knows a model, a config or PEFT. ``importance`` holds Eq. 7 and 8, ``schedule`` Eq. 9,
+``selection`` the choice of the survivors, ``regularizer`` Eq. 10.
+"""
+
+from dynlora.allocation.importance import (
+    IMPORTANCE_EPS,
+    component_importance,
+    component_norms,
+    smooth_importance_,
+    update_norm,
+)
+from dynlora.allocation.regularizer import add_dem_gradient_, dem_penalty
+from dynlora.allocation.schedule import budget_at, is_prune_step, pruning_window
+from dynlora.allocation.selection import select_components
+
+__all__ = [
+    "IMPORTANCE_EPS",
+    "add_dem_gradient_",
+    "budget_at",
+    "component_importance",
+    "component_norms",
+    "dem_penalty",
+    "is_prune_step",
+    "pruning_window",
+    "select_components",
+    "smooth_importance_",
+    "update_norm",
+]

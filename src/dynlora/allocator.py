@@ -1,0 +1,398 @@
+"""RankAllocator: joins the equations, the gated layers and an optimizer. All run state is here."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynlora import allocation
+from dynlora.adapter.components import find_config, find_gated_layers, is_trainable
+from dynlora.adapter.fold import finalize_, swap_config_
+from dynlora.adapter.guard import expect_step_of, stop_waiting
+from dynlora.adapter.patterns import ragged_config
+from dynlora.adapter.sharding import sharded_like, whole
+from dynlora.compaction import UnknownStateError, compact_
+from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
+from dynlora.stepping import is_inner_step
+
+STATE_VERSION = 1
+
+
+class RankAllocator:
+    """Scores, prunes and freezes the components of one DynLora adapter, driven by its optimizer.
+
+    Attached to the optimizer's step hooks, it needs no call in the training loop: before each step it
+    adds the gradient of DEM, after each step it scores every component and, inside the pruning
+    window, prunes the least important ones of the whole model. A step that a GradScaler skips does
+    not count.
+
+    Args:
+        model: a model with a trainable DynLora adapter; PeftModel, injected or wrapped.
+        optimizer: the torch optimizer that holds the adapter's parameters.
+        total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
+        adapter: which adapter; may be left out if only one is trainable.
+
+    Attributes:
+        step: optimizer steps seen.
+        is_frozen: whether the ranks are final.
+        num_components: N, components in the model at the start.
+        target_components: N_T, components at the end: target_r times modules, rounded.
+        history: one entry a prune event: step, budget, and components revived since the last one.
+
+    Raises:
+        ValueError: there is no such adapter, none that is trainable, ``total_steps`` is unknown, the
+            optimizer lacks the adapter's parameters, or the budget exceeds the initial components.
+        TypeError: the optimizer has no step hooks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        self.model = model
+        self.adapter, self.config = find_config(model, adapter)
+        self.layers = find_gated_layers(model, self.adapter)
+        if not is_trainable(self.layers):
+            raise ValueError(
+                f"adapter={self.adapter!r} is not trainable: its gates receive no gradient. Load it "
+                "with is_trainable=True, or activate it with model.set_adapter(...)."
+            )
+        self.total_steps = self._checked_total_steps(total_steps)
+        self.start, self.stop = allocation.pruning_window(
+            self.total_steps, prune_start=self.config.prune_start, prune_end=self.config.prune_end
+        )
+        self.num_components = sum(m.num_components for m in self.layers)
+        self.target_components = max(1, int(self.config.target_r * len(self.layers) + 0.5))
+        if self.target_components > self.num_components:
+            raise ValueError(
+                f"target_r={self.config.target_r} asks for {self.target_components} components, but "
+                f"the {len(self.layers)} adapted modules start with {self.num_components}. Lower "
+                "target_r, or raise init_r or rank_pattern."
+            )
+        self.step = 0
+        self.is_frozen = False
+        self._has_seen_a_step = False
+        self.history: list[dict[str, int]] = []
+        self._cut: list[Tensor] = []  # live masks as the last prune event left them, for revivals
+        self.optimizer = _torch_optimizer(optimizer)
+        self._check_optimizer_holds_adapter()
+        self._finder = DdpFinder(model)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        for gated in self.layers:
+            expect_step_of(self.optimizer, gated.layer, self.adapter)
+
+    def ranks(self) -> dict[str, int]:
+        """Live rank by module name, zeros included."""
+        return {m.name: int(m.live.sum()) for m in self.layers}
+
+    @property
+    def budget(self) -> int:
+        """Components that may be alive after the steps done so far (Eq. 9)."""
+        return allocation.budget_at(
+            self.step,
+            total=self.num_components,
+            target=self.target_components,
+            start=self.start,
+            stop=self.stop,
+        )
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer; nothing is scored or pruned from here on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._finder.forget()
+
+    def finalize_(self) -> dict[str, int]:
+        """End the run: detach, and turn the adapter into a plain LoRA with the same function.
+
+        A run that ends before the freeze keeps every component that is alive, with a warning: the
+        function stays what it was, the budget is not met. Call ``freeze_()`` first to cut at once.
+
+        Returns:
+            Final rank by module name, zeros included.
+
+        Raises:
+            RuntimeError: the optimizer never made a step with this allocator attached.
+        """
+        self.check_has_stepped()
+        if not self.is_frozen:
+            warnings.warn(
+                f"Training ended after {self.step} of {self.total_steps} steps, before the ranks are "
+                f"frozen at step {self.stop}: the adapter keeps more than its budget of "
+                f"{self.target_components} components. Call allocator.freeze_() before finalize_() to "
+                "cut it down at once.",
+                stacklevel=2,
+            )
+        self.detach()
+        return finalize_(self.model, self.adapter)
+
+    def check_has_stepped(self) -> None:
+        """Raise RuntimeError if no optimizer step was ever seen."""
+        if self.step == 0:
+            raise RuntimeError(
+                "The RankAllocator never saw an optimizer step, so nothing was scored or pruned: the "
+                "optimizer it is attached to is not the one being stepped, or every step was skipped. "
+                "Pass the optimizer whose step() trains the adapter."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress of the run, plain numbers only (JSON).
+
+        Scores and masks are buffers of the model (``lora_ema``, ``lora_live``) and are saved with it.
+        """
+        return {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "is_frozen": self.is_frozen,
+            "num_components": self.num_components,
+            "window": [self.start, self.stop],
+            "history": [dict(event) for event in self.history],
+            **self._plan(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run whose model (with its buffers) and optimizer are already restored.
+
+        Raises:
+            ValueError: the state is another version's or another plan's, or the model's scores were
+                not restored.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"state has version {state.get('version')!r}, this dynlora reads {STATE_VERSION}: resume "
+                "with the version that wrote it."
+            )
+        for name, value in self._plan().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"{name}={value!r} differs from the interrupted run's {state[name]!r}: the schedule "
+                    "would change under way. Resume with the same settings, or start a new run."
+                )
+        stored = sum(m.num_components for m in self.layers)
+        if not state["is_frozen"] and stored != state["num_components"]:
+            raise ValueError(
+                f"model holds {stored} components, the interrupted run had {state['num_components']}: "
+                "load the adapter weights of that run's checkpoint first."
+            )
+        if state["step"] and not any(bool(m.ema.any()) for m in self.layers):
+            raise ValueError(
+                "model holds no importance scores: load the checkpoint's adapter weights, with their "
+                "lora_ema buffers, before the allocator's state."
+            )
+        self.step, self.is_frozen = state["step"], state["is_frozen"]
+        self.start, self.stop = state["window"]
+        self.num_components = state["num_components"]
+        self.history = [dict(event) for event in state["history"]]
+        self._cut = [m.live.clone() for m in self.layers]
+
+    def _plan(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {
+            "total_steps": self.total_steps,
+            "target_components": self.target_components,
+            "prune_start": self.config.prune_start,
+            "prune_end": self.config.prune_end,
+            "prune_interval": self.config.prune_interval,
+            "ema_beta": self.config.ema_beta,
+            "revival": self.config.revival,
+        }
+
+    def _checked_total_steps(self, total_steps: int | None) -> int:
+        planned = self.config.total_steps
+        if total_steps is None and planned is None:
+            raise ValueError(
+                "total_steps is unknown: the schedule needs the number of optimizer steps of the whole "
+                "run. Pass RankAllocator(..., total_steps=...) or DynLoraConfig(total_steps=...)."
+            )
+        if total_steps is not None and planned is not None and total_steps != planned:
+            raise ValueError(
+                f"total_steps={total_steps} differs from DynLoraConfig(total_steps={planned}). Leave it "
+                "out of the config to follow the trainer."
+            )
+        return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
+
+    def _check_optimizer_holds_adapter(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for gated in self.layers:
+            if not gated.is_dropped and not {id(p) for p in gated.parameters} <= held:
+                raise ValueError(
+                    f"optimizer={type(self.optimizer).__name__} does not hold the adapter parameters of "
+                    f"module {gated.name!r}. Build it after get_peft_model and after loading adapter "
+                    "weights, from [p for p in model.parameters() if p.requires_grad]."
+                )
+
+    # -- before the step: DEM -------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Add η·∂R to the gradients; with a closure, each time after it has computed them."""
+        if is_inner_step(optimizer):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_dem_gradients(optimizer)
+            return None
+        wrapped = _after_closure(closure, lambda: self._add_dem_gradients(optimizer))
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _add_dem_gradients(self, optimizer: Optimizer) -> None:
+        if self.is_frozen or self.config.dem_weight == 0:
+            return
+        factor = self.config.dem_weight / self.num_components
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside step()
+        if scale is not None:
+            factor *= float(scale)
+        for gated in self.layers:
+            a, b, _ = gated.parameters
+            for weight, rank_dim in ((a, 0), (b, 1)):
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                allocation.add_dem_gradient_(weight.grad, weight, rank_dim=rank_dim, factor=factor)
+
+    # -- after the step: score, schedule, prune --------------------------------------------------
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # a fused optimizer was called by a GradScaler and skipped the update itself
+        if self.step == self.total_steps:
+            raise RuntimeError(
+                f"The optimizer made a step beyond total_steps={self.total_steps}: the schedule was made "
+                "for a shorter run. Build the RankAllocator with the real number of optimizer steps, or "
+                "finalize_() it before going on."
+            )
+        self.step += 1
+        if not self._has_seen_a_step:
+            self._has_seen_a_step = True
+            for gated in self.layers:
+                stop_waiting(gated.layer, self.adapter)
+        if not self.is_frozen:
+            self._score()
+            if allocation.is_prune_step(
+                self.step, start=self.start, stop=self.stop, interval=self.config.prune_interval
+            ):
+                self._prune()
+        if self.step == self.stop:
+            self._freeze()
+        elif self.is_frozen or not self.config.revival:
+            self._hold_masks()
+
+    def _score(self) -> None:
+        """Eq. 7 and 8 for all modules, those of equal rank in one batch."""
+        by_rank: dict[int, list[int]] = {}
+        for i, gated in enumerate(self.layers):
+            by_rank.setdefault(gated.num_components, []).append(i)
+        for indices in by_rank.values():
+            modules = [self.layers[i] for i in indices]
+            grams = [m.grams() for m in modules]
+            grams_a, grams_b = (torch.stack(g) for g in zip(*grams, strict=True))
+            gates = torch.stack([whole(m.gate.detach()).to(grams_a.dtype) for m in modules])
+            importance = allocation.component_importance(grams_a, grams_b, gates)
+            emas = [m.ema for m in modules]
+            allocation.smooth_importance_(
+                emas,
+                [s.to(e.dtype) for s, e in zip(importance, emas, strict=True)],
+                beta=self.config.ema_beta,
+            )
+
+    def _prune(self) -> None:
+        """Keep the budget's best components of the whole model; the gates of the others become 0."""
+        scores = torch.cat([m.ema.float() for m in self.layers])
+        if not self.config.revival:
+            alive = torch.cat([m.live for m in self.layers])
+            scores = torch.where(alive, scores, scores.new_tensor(-1.0))
+        self._check_finite(scores)
+        keep = agreed(allocation.select_components(scores, self.budget))
+        revived = 0
+        for i, (gated, live) in enumerate(
+            zip(self.layers, keep.split([m.num_components for m in self.layers]), strict=True)
+        ):
+            if self._cut:
+                revived += int((live & ~self._cut[i]).sum())
+            gated.live.copy_(live)
+        self._cut = [m.live.clone() for m in self.layers]
+        self._hold_masks()
+        self.history.append({"step": self.step, "budget": self.budget, "revived": revived})
+
+    def _check_finite(self, scores: Tensor) -> None:
+        if bool(torch.isfinite(scores).all()):
+            return
+        bad = [m.name for m in self.layers if not bool(torch.isfinite(m.ema).all())]
+        raise FloatingPointError(
+            f"NaN or infinite importance at step {self.step} in module {bad[0]!r} ({len(bad)} modules "
+            "in all): its adapter weights are not finite, and nothing is pruned by such scores. Lower "
+            "the learning rate, clip gradients, and resume from the last checkpoint."
+        )
+
+    def _hold_masks(self) -> None:
+        for gated in self.layers:
+            if not gated.is_dropped:
+                gated.gate.mul_(sharded_like(gated.live, gated.gate))
+
+    def freeze_(self) -> None:
+        """Make the ranks final now: cut to the target budget and compact, whatever the step.
+
+        Raises:
+            RuntimeError: the optimizer never made a step with this allocator attached.
+        """
+        self.check_has_stepped()
+        if self.is_frozen:
+            return
+        self.stop = self.step
+        self.start = min(self.start, self.stop - 1)
+        with torch.no_grad():
+            self._prune()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.is_frozen = True
+        ddp = self._finder.ddp
+        if not self.config.compact or (world_size() > 1 and not (ddp and can_rebuild(ddp))):
+            return
+        try:
+            compact_(self.layers, self.optimizer)
+        except UnknownStateError as reason:
+            warnings.warn(
+                f"Dead components keep their place until finalize_: {reason}", stacklevel=2
+            )
+            return
+        if ddp:
+            rebuild_reducer_(ddp)
+        swap_config_(self.model, self.adapter, ragged_config(self.model, self.config, self.layers))
+
+
+def _torch_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper such as accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__} must be a torch.optim.Optimizer, whose step hooks "
+            "drive the allocator; pass the inner torch optimizer."
+        )
+    return optimizer
+
+
+def _after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
+    def wrapped() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    return wrapped

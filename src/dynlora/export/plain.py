@@ -1,0 +1,114 @@
+"""Write an adapter as a plain PEFT LoRA folder: ragged ranks, scale 1 everywhere."""
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dynlora.adapter.components import configs_of, find_config, find_gated_layers, unwrapped
+from dynlora.adapter.config import DynLoraConfig
+from dynlora.adapter.fold import fold_all
+from dynlora.adapter.patterns import plain_config
+from dynlora.adapter.sharding import whole
+from dynlora.distributed import is_first_process
+
+_PREFIX = "base_model.model."  # what PEFT puts before every name in an adapter file
+
+
+def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
+    """Write an adapter, in training or finalized, as a plain LoRA that stock PEFT loads.
+
+    The model is not changed. With several processes every one must call it (sharded weights are
+    gathered), and the first one writes. Files are written to a temporary folder beside ``path`` and
+    renamed, so an interrupted export never leaves a half-written adapter.
+
+    Args:
+        model: a model with a DynLora adapter, or one that ``finalize_`` made a plain LoRA.
+        path: folder to write ``adapter_config.json`` and ``adapter_model.safetensors`` to.
+        adapter: which adapter; may be left out if there is only one candidate.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is no such adapter, or none of its components is alive.
+        NotADirectoryError: ``path`` is a file.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"path={str(path)!r} is a file; name a folder to export to.")
+    config, tensors = plain_lora(model, adapter)
+    if not is_first_process():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(temporary))
+        temporary.chmod(0o755)
+        if folder.exists():
+            for file in sorted(temporary.iterdir(), reverse=True):  # weights first, config last
+                file.replace(folder / file.name)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+@torch.no_grad()
+def plain_lora(
+    model: nn.Module, adapter: str | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """LoraConfig and tensors, named as in an adapter file, of a plain LoRA equal to the adapter.
+
+    Trained heads, biases and token embeddings of the adapter are included as they are.
+    """
+    finished = _finished_adapter(model, adapter)
+    if finished is not None:
+        config = copy.copy(configs_of(model)[finished])
+        tensors = _adapter_tensors(model, finished)
+    else:
+        adapter, trained = find_config(model, adapter)
+        layers = find_gated_layers(model, adapter)
+        folded = fold_all(layers)
+        ranks = {m.name: folded[m.name][0].shape[0] if m.name in folded else 0 for m in layers}
+        config = plain_config(model, trained, ranks)
+        tensors = {
+            key: tensor
+            for key, tensor in _adapter_tensors(model, adapter).items()
+            if not key.startswith(tuple(f"{_PREFIX}{name}.lora_" for name in ranks))
+        }
+        embeddings = {m.name for m in layers if hasattr(m.layer, "lora_c")}
+        for name in (n for n, r in ranks.items() if r):
+            keys = (
+                ("embedding_A", "embedding_B") if name in embeddings else ("A.weight", "B.weight")
+            )
+            for key, factor in zip(keys, folded[name], strict=True):
+                tensors[f"{_PREFIX}{name}.lora_{key}"] = factor
+    config.inference_mode = True
+    return config, {
+        key: whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()
+    }
+
+
+def _finished_adapter(model: nn.Module, adapter: str | None) -> str | None:
+    """Name of the plain LoRA to write, or None if the adapter is still gated."""
+    configs = configs_of(model)
+    gated = [n for n, c in configs.items() if isinstance(c, DynLoraConfig)]
+    plain = [n for n, c in configs.items() if type(c) is LoraConfig]
+    if adapter is not None:
+        return adapter if adapter in plain else None
+    return plain[0] if not gated and len(plain) == 1 else None
+
+
+def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    holder = next((m for m in model.modules() if isinstance(m, PeftModel)), unwrapped(model))
+    tensors = get_peft_model_state_dict(holder, adapter_name=adapter)
+    return {k if k.startswith(_PREFIX) else _PREFIX + k: v for k, v in tensors.items()}

@@ -1,0 +1,1 @@
+"""What a fine-tuning run is made of: weights, data, model head, metric, the run itself."""

@@ -1,0 +1,206 @@
+"""The equations: worked examples by hand, properties, and each error text."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from dynlora import allocation
+
+SCORES = st.lists(st.integers(0, 9).map(float), min_size=1, max_size=24)  # ties are likely
+SIZES = st.integers(1, 5)
+
+
+def grams(a, b):
+    return a @ a.T, b.T @ b
+
+
+def random_module(rank, width, height, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in
+            ((rank, width), (height, rank), (rank,))]  # fmt: skip
+
+
+# -- Eq. 7: importance ---------------------------------------------------------------------------
+
+
+def test_importance_of_two_orthogonal_components_by_hand():
+    a = torch.tensor([[3.0, 0.0], [0.0, 1.0]])  # norms 3 and 1
+    b = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # norms 1 and 2
+    c = torch.tensor([1.0, -2.0])  # component norms 3 and 4, together 5
+    shares = allocation.component_importance(*grams(a, b), c)
+    torch.testing.assert_close(shares, torch.tensor([0.6, 0.8]))
+
+
+def test_importance_of_cancelling_components_may_exceed_one():
+    a, b = torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, 1.0]])
+    shares = allocation.component_importance(*grams(a, b), torch.tensor([2.0, -1.0]))
+    torch.testing.assert_close(shares, torch.tensor([2.0, 1.0]))
+
+
+def test_importance_of_an_untrained_module_is_zero_not_nan():
+    a, b, _ = random_module(3, 4, 5, seed=0)
+    shares = allocation.component_importance(*grams(a, b), torch.zeros(3, dtype=torch.float64))
+    assert shares.tolist() == [0.0, 0.0, 0.0]
+
+
+@given(SIZES, SIZES, SIZES, st.integers(0, 99))
+def test_importance_equals_the_dense_definition(rank, width, height, seed):
+    a, b, c = random_module(rank, width, height, seed)
+    module = reference.Module(torch.zeros(height, width, dtype=torch.float64), 0.0, a, b, c, 1.0)
+    expected = torch.tensor(reference.importance(module), dtype=torch.float64)
+    actual = allocation.component_importance(*grams(a, b), c)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@given(SIZES, st.integers(0, 99), st.floats(0.1, 10))
+def test_importance_does_not_change_when_all_gates_are_scaled(rank, seed, factor):
+    a, b, c = random_module(rank, 4, 5, seed)
+    before = allocation.component_importance(*grams(a, b), c)
+    after = allocation.component_importance(*grams(a, b), c * factor)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+def test_importance_of_many_modules_at_once_equals_one_by_one():
+    modules = [random_module(3, 4, 5, seed) for seed in range(4)]
+    each = [allocation.component_importance(*grams(a, b), c) for a, b, c in modules]
+    ga, gb = zip(*(grams(a, b) for a, b, _ in modules), strict=True)
+    together = allocation.component_importance(
+        torch.stack(ga), torch.stack(gb), torch.stack([c for *_, c in modules])
+    )
+    torch.testing.assert_close(together, torch.stack(each), rtol=0, atol=0)
+
+
+# -- Eq. 8: smoothing ----------------------------------------------------------------------------
+
+
+def test_smoothing_two_steps_by_hand():
+    ema = [torch.zeros(1)]
+    allocation.smooth_importance_(ema, [torch.tensor([1.0])], beta=0.9)
+    allocation.smooth_importance_(ema, [torch.tensor([0.5])], beta=0.9)
+    torch.testing.assert_close(ema[0], torch.tensor([0.9 * 0.1 + 0.1 * 0.5]))
+
+
+def test_smoothing_nothing_is_allowed():
+    allocation.smooth_importance_([], [], beta=0.9)
+
+
+# -- Eq. 9: schedule -----------------------------------------------------------------------------
+
+plans = st.tuples(
+    st.integers(1, 400),
+    st.floats(0, 0.98),
+    st.floats(0.01, 1),
+    st.integers(1, 500),
+    st.floats(0, 1),
+)
+
+
+@given(plans)
+def test_budget_never_rises_and_ends_exactly_at_the_target(plan):
+    total_steps, start_share, length, total, kept = plan
+    target = max(1, int(total * kept))
+    end_share = min(1.0, start_share + length)
+    start, stop = allocation.pruning_window(
+        total_steps, prune_start=start_share, prune_end=end_share
+    )
+    assert 0 <= start < stop <= total_steps
+    values = [
+        allocation.budget_at(t, total=total, target=target, start=start, stop=stop)
+        for t in range(total_steps + 1)
+    ]
+    assert values[: start + 1] == [total] * (start + 1)
+    assert all(late <= early for early, late in itertools.pairwise(values))
+    assert set(values[stop:]) == {target}
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(1, 60), st.integers(0, 59))
+def test_budget_equals_the_reference(step, total, length, start):
+    target = total // 2
+    arguments = {"total": total, "target": target, "start": start, "stop": start + length}
+    assert allocation.budget_at(step, **arguments) == reference.budget(step, **arguments)
+
+
+def test_window_shares_that_binary_numbers_miss_are_still_exact():
+    assert allocation.pruning_window(100, prune_start=0.29, prune_end=0.57) == (29, 57)
+
+
+@pytest.mark.parametrize(("steps", "window"), [(1, (0, 1)), (2, (0, 1)), (3, (0, 1)), (7, (1, 3))])
+def test_window_of_a_short_run(steps, window):
+    assert allocation.pruning_window(steps, prune_start=0.15, prune_end=0.5) == window
+
+
+def test_window_needs_a_step():
+    with pytest.raises(ValueError, match="total_steps=0 must be at least 1"):
+        allocation.pruning_window(0, prune_start=0.15, prune_end=0.5)
+
+
+def test_an_interval_larger_than_the_window_still_prunes_at_its_end():
+    events = [t for t in range(100) if allocation.is_prune_step(t, start=15, stop=50, interval=99)]
+    assert events == [50]
+
+
+# -- selection -----------------------------------------------------------------------------------
+
+
+@given(SCORES, st.data())
+def test_selection_spends_the_budget_exactly_and_on_the_best(scores, data):
+    flat = torch.tensor(scores)
+    budget = data.draw(st.integers(0, len(flat)))
+    keep = allocation.select_components(flat, budget)
+    assert int(keep.sum()) == budget
+    if 0 < budget < len(flat):
+        assert flat[keep].min() >= flat[~keep].max()
+
+
+@given(SCORES, st.data())
+def test_ties_go_to_the_earlier_component(scores, data):
+    flat = torch.tensor(scores)
+    keep = allocation.select_components(flat, data.draw(st.integers(0, len(flat))))
+    for value in flat.unique():
+        tied = keep[flat == value].tolist()
+        assert tied == sorted(tied, reverse=True)
+
+
+@pytest.mark.parametrize("budget", [-1, 3])
+def test_selection_refuses_an_impossible_budget(budget):
+    with pytest.raises(ValueError, match=rf"budget={budget} must lie in 0\.\.2"):
+        allocation.select_components(torch.tensor([1.0, 2.0]), budget)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_selection_refuses_scores_that_are_not_finite(bad):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        allocation.select_components(torch.tensor([1.0, bad]), 1)
+
+
+# -- Eq. 10: DEM ---------------------------------------------------------------------------------
+
+
+def test_dem_by_hand():
+    a = torch.tensor([[1.0, 3.0], [2.0, 2.0]])  # variances 2 and 0
+    b = torch.tensor([[0.0, 1.0], [0.0, 5.0], [3.0, 3.0]])  # columns: variances 3 and 4
+    torch.testing.assert_close(allocation.dem_penalty([a, b.T], 2), torch.tensor(4.5))
+
+
+def test_dem_of_vectors_with_one_entry_is_zero():
+    assert allocation.dem_penalty([torch.tensor([[5.0]])], 1).item() == 0.0
+    grad = torch.zeros(1, 1)
+    allocation.add_dem_gradient_(grad, torch.tensor([[5.0]]), rank_dim=0, factor=1.0)
+    assert grad.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank_dim"), [((3, 5), 0), ((5, 3), 1), ((3, 2, 4, 4), 0), ((5, 3, 1, 1), 1)]
+)
+def test_dem_gradient_equals_autograd(shape, rank_dim):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    rows = weight.transpose(0, rank_dim).flatten(1)
+    (0.7 * rows.var(dim=1).sum()).backward()
+    grad = torch.ones(shape, dtype=torch.float64)
+    allocation.add_dem_gradient_(grad, weight.detach(), rank_dim=rank_dim, factor=0.7)
+    torch.testing.assert_close(grad, 1 + weight.grad, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,176 @@
+"""The command line: help, one-line errors, exit codes, and a whole demo on a tiny model."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from peft import PeftConfig
+from rich.console import Console
+from typer.testing import CliRunner
+
+from dynlora.cli import demo as demo_command
+from dynlora.cli.main import app
+from dynlora.tasks.reload_check import ReloadError, reload_difference
+from dynlora.tasks.run_record import RECORD_FILE, RunResult, RunSettings
+from tiny_classifier import save_encoder, save_texts
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def demo(tmp_path, *arguments):
+    return invoke("demo", "--output", tmp_path / "out", *arguments)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    model, data = save_encoder(tmp_path / "tiny"), save_texts(tmp_path / "texts.csv")
+    return ["--model", model, "--data", data]
+
+
+RESULT = RunResult(
+    majority_accuracy=0.5,
+    accuracy_before=0.4,
+    accuracy_after=0.9,
+    ranks={"bert.encoder.layer.0.output.dense": 3, "bert.encoder.layer.1.output.dense": 1},
+    init_r=3,
+    components_start=6,
+    components_end=4,
+    components_target=4,
+    parameters_start=600,
+    parameters_end=400,
+    adapter_file="out/adapter_model.safetensors",
+    adapter_bytes=12345,
+    reload_difference=0.0,
+    optimizer_steps=10,
+    train_s=1.0,
+)
+
+
+def test_a_whole_demo_on_a_tiny_model(tmp_path, inputs):
+    ran = demo(tmp_path, *inputs, "--max-steps", 20, "--batch-size", 8)
+    assert ran.exit_code == 0, ran.output
+    assert "components     78   52" in " ".join(ran.stdout.split("\n"))
+    assert "max |Δ logits|" in ran.stdout
+    assert ran.stderr == ""
+    record = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
+    assert record["result"]["components_end"] == 52
+    assert record["result"]["reload_difference"] <= 1e-5
+    assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
+
+    again = demo(tmp_path, *inputs, "--target-r", 7)  # the folder may be used again: no word of it
+    assert again.exit_code == 2
+    assert "target_r=7" in again.stderr
+
+
+def assert_one_line_error(ran, message, code=2):
+    assert ran.exit_code == code
+    assert message in ran.stderr
+    assert ran.stderr.startswith("dynlora: ")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
+    for arguments, message in [
+        (["--target-r", 9], "target_r=9.0 must not exceed init_r=6"),
+        (["--data", tmp_path / "absent.csv"], "absent.csv is not a file; give a CSV file"),
+        (["--epochs", 1, "--max-steps", 5], "epochs=1.0, max_steps=5: give one of the two"),
+        (["--max-steps", 0], "max_steps=0 must be above 0"),
+        (["--learning-rate", -1], "learning_rate=-1.0 must be above 0"),
+        (["--quick", "--epochs", 2], "--quick means --max-steps 60"),
+    ]:
+        assert_one_line_error(demo(tmp_path, *arguments), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_exist_is_a_mistake(tmp_path):
+    data = save_texts(tmp_path / "texts.csv")
+    ran = demo(tmp_path, "--model", tmp_path / "absent", "--data", data)
+    assert_one_line_error(ran, "absent")
+
+
+def test_foreign_output_is_never_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    ran = demo(tmp_path)
+    assert_one_line_error(ran, f"is not empty and holds no {RECORD_FILE}")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    (tmp_path / "file").write_text("")
+    assert_one_line_error(invoke("demo", "--output", tmp_path / "file"), "is a file; name a folder")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    ran = demo(tmp_path, "--max-steps", 0, "--debug")
+    assert isinstance(ran.exception, ValueError)
+    assert ran.exit_code == 1
+
+
+def test_a_failed_check_is_exit_code_1(tmp_path, monkeypatch):
+    unkept = dataclasses.replace(
+        RESULT, accuracy_after=0.5, components_end=5, reload_difference=float("nan")
+    )
+    monkeypatch.setattr(demo_command, "run_classification", lambda *_, **__: unkept)
+    ran = demo(tmp_path)
+    assert ran.exit_code == 1
+    lines = ran.stderr.splitlines()
+    assert len(lines) == 3
+    assert "accuracy 0.500 is not above 0.500" in lines[0]
+    assert "5 components are left where target_r asks for 4" in lines[1]
+    assert "logits differ by nan" in lines[2]
+    assert "Final ranks" in ran.stdout
+
+
+def test_a_failed_reload_is_exit_code_1(tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise ReloadError("does not load")
+
+    monkeypatch.setattr(demo_command, "run_classification", fail)
+    assert_one_line_error(demo(tmp_path), "does not load", code=1)
+
+
+def test_reload_says_why_it_failed(tmp_path):
+    import torch
+
+    batch = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+    with pytest.raises(ReloadError, match="does not load with stock PEFT: .*Error"):
+        reload_difference(
+            tmp_path, batch, base=str(tmp_path), pad_token_id=0, expected=torch.zeros(1, 2)
+        )
+
+
+def test_figures_fit_80_columns():
+    console = Console(width=80, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        console.print(demo_command.result_view(RESULT, width=80))
+    text = captured.get()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert "after training" in text
+    assert "90.0%" in text
+    assert "3 -> 2" in text
+
+
+def test_length_of_the_run_is_given_exactly_once(tmp_path):
+    with pytest.raises(ValueError, match="epochs=None, max_steps=None: give one of the two"):
+        RunSettings(output=tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
+def test_help_fits_80_columns(arguments, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = invoke(*arguments)
+    assert ran.exit_code == 0
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    assert "Fine-tune a text classifier with dynamic ranks" in ran.stdout
+
+
+def test_version_is_printed():
+    assert invoke("--version").stdout.startswith("dynlora ")
+
+
+def test_python_m_dynlora_is_the_command():
+    command = [sys.executable, "-m", "dynlora", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("dynlora ")

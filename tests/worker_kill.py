@@ -1,0 +1,209 @@
+"""Runs that are killed by SIGKILL and go on; each in a process forked from this one, imported once.
+
+``python worker_kill.py FOLDER`` prints one JSON line per run: {"name": ..., "same": ...}.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import dynlora
+from dynlora import DynLoraCallback, DynLoraConfig, RankAllocator, compaction, last_checkpoint
+from small_net import SmallNet, adamw, adapted, data
+
+STEPS, SAVE_EVERY = 30, 2  # window: steps 4 to 15
+CONFIG = {"init_r": 4, "target_r": 1, "target_modules": ["0", "1", "2"], "prune_interval": 3}
+AT_STEP = [("step", n) for n in (1, 3, 6, 9, 14, 15, 16, 21, 29)]
+IN_WRITE = [
+    (kind, n) for kind, n in (("adapter", 8), ("optimizer", 16), ("state", 14), ("state", 30))
+]
+TRAINER_KILLS = [*AT_STEP, *IN_WRITE, ("compaction", 15)]
+LOOP_KILLS = [
+    ("step", 5),
+    ("step", 12),
+    ("step", 15),
+    ("step", 24),
+    ("write", 16),
+    ("compaction", 15),
+]
+
+
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_half(path, content):
+    """Leave a half-written file and die."""
+    Path(path).write_bytes(content[: len(content) // 2])
+    die()
+
+
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = SmallNet()
+        self.dropout = nn.Dropout(0.2)  # so that the random state must be restored, too
+
+    def forward(self, x, labels=None):
+        logits = self.net(self.dropout(x))
+        return {"loss": ((logits - labels) ** 2).mean(), "logits": logits}
+
+
+class DieAtStep(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_kwargs):
+        if state.global_step == self.step:
+            die()
+
+
+def arm(kind, step, current_step):
+    """Make the next write of ``kind`` at ``step`` die in its middle."""
+    real_save, real_json = torch.save, transformers.TrainerState.save_to_json
+    real_adapter = sys.modules["peft.peft_model"].safe_save_file
+
+    def save(thing, path, *args, **kwargs):
+        if kind == "optimizer" and "optimizer" in str(path) and current_step() == step:
+            die_after_half(path, b"PK" * 500)
+        return real_save(thing, path, *args, **kwargs)
+
+    def save_adapter(tensors, path, *args, **kwargs):
+        if kind == "adapter" and current_step() == step:
+            die_after_half(path, b"\x10" * 500)
+        return real_adapter(tensors, path, *args, **kwargs)
+
+    def save_json(self, path):
+        if kind == "state" and self.global_step == step:
+            die_after_half(path, b'{"global_step": 99, "epoch": 1.0}')
+        return real_json(self, path)
+
+    torch.save, transformers.TrainerState.save_to_json = save, save_json
+    sys.modules["peft.peft_model"].safe_save_file = save_adapter
+
+
+def trainer_run(folder, kill=None):
+    torch.manual_seed(0)
+    model = get_peft_model(WithLoss(), DynLoraConfig(**CONFIG))
+    x, y = data(rows=64)
+    arguments = TrainingArguments(
+        str(folder), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
+        logging_steps=1, save_strategy="steps", save_steps=SAVE_EVERY, save_total_limit=2,
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        label_names=["labels"],
+    )  # fmt: skip
+    callback = DynLoraCallback()
+    run = Trainer(
+        model=model, args=arguments, callbacks=[callback],
+        train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
+    )  # fmt: skip
+    if kill:
+        kind, step = kill
+        if kind == "step":
+            run.add_callback(DieAtStep(step))
+        elif kind == "compaction":
+            compaction._swap_in_optimizer_ = die
+        else:
+            arm(kind, step, lambda: run.state.global_step)
+    run.train(resume_from_checkpoint=last_checkpoint(folder))
+    losses = [log["loss"] for log in run.state.log_history if "loss" in log][:STEPS]
+    return losses, callback.ranks, weights(run.model)
+
+
+def weights(model):
+    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def loop_run(folder, kill=None):
+    saved = Path(folder) / "saved.pt"
+    kind, at = kill or (None, None)
+    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    model = adapted(**CONFIG)
+    if state:
+        model.load_state_dict(state["model"])
+    optimizer = adamw(model)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    allocator = RankAllocator(model, optimizer, total_steps=STEPS)
+    if state:
+        allocator.load_state_dict(state["allocator"])
+    if kind == "compaction":
+        compaction._swap_in_optimizer_ = die
+    losses = state["losses"] if state else []
+    x, y = data()
+    while allocator.step < STEPS:
+        loss = ((model(x) - y) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (kind, at) == ("step", allocator.step):
+            die()
+        if allocator.step % SAVE_EVERY == 0:
+            content = {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "allocator": allocator.state_dict(), "losses": losses,
+            }  # fmt: skip
+            temporary = saved.with_suffix(".part")
+            if (kind, at) == ("write", allocator.step):
+                die_after_half(temporary, b"PK" * 500)
+            torch.save(content, temporary)
+            temporary.replace(saved)
+    ranks = allocator.finalize_()
+    return losses, ranks, weights(model)
+
+
+def in_child(run, folder, kill=None):
+    """Run in a forked process; True if it came to its end."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.save(run(folder, kill), Path(folder) / "result.pt")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if status:
+        raise SystemExit(f"child of {run.__name__} with kill={kill} failed: {status}")
+    return True
+
+
+def result(folder):
+    return torch.load(Path(folder) / "result.pt")
+
+
+def same(one, two):
+    """Losses, ranks and weights are equal to the last bit."""
+    tensors = one[2].keys() == two[2].keys() and all(
+        torch.equal(one[2][k], two[2][k]) for k in one[2]
+    )
+    return one[:2] == two[:2] and tensors
+
+
+def main(root):
+    for run, kills in ((trainer_run, TRAINER_KILLS), (loop_run, LOOP_KILLS)):
+        whole = tempfile.mkdtemp(dir=root)
+        in_child(run, whole)
+        for kill in kills:
+            folder = tempfile.mkdtemp(dir=root)
+            died = not in_child(run, folder, kill)
+            in_child(run, folder)
+            name = f"{run.__name__} {kill[0]} {kill[1]}"
+            row = {"name": name, "died": died, "same": same(result(folder), result(whole))}
+            sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    assert dynlora
+    main(sys.argv[1])

@@ -1,0 +1,224 @@
+"""A tiny random model of every architecture that is fine-tuned a lot, with a batch it can learn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers as hf
+from peft import TaskType
+from torch import nn
+
+VOCABULARY = 40
+ROWS, LENGTH = 3, 6
+
+
+@dataclass(frozen=True)
+class Species:
+    """One architecture: how to build it, what to feed it, where its output is.
+
+    Attributes:
+        name: test id; names what is adapted where that is not every linear layer.
+        model: class of the model.
+        config: its configuration.
+        inputs: a batch with labels.
+        adapter: DynLoraConfig fields beside the common ones.
+        output: name of the output to compare.
+    """
+
+    name: str
+    model: type[nn.Module]
+    config: Any
+    inputs: Callable[[], dict[str, Any]]
+    adapter: dict[str, Any] = field(default_factory=dict)
+    output: str = "logits"
+
+    def build(self) -> nn.Module:
+        """The same model at every call."""
+        hf.set_seed(0)
+        return self.model(self.config).eval()
+
+
+def _random() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=_random())
+
+
+def sentences() -> dict[str, Any]:
+    return {"input_ids": token_ids(), "labels": torch.tensor([0, 1, 2])}
+
+
+def text() -> dict[str, Any]:
+    return {"input_ids": token_ids(), "labels": token_ids()}
+
+
+def pixels() -> torch.Tensor:
+    return torch.randn(ROWS, 3, 16, 16, generator=_random())
+
+
+def pictures() -> dict[str, Any]:
+    return {"pixel_values": pixels(), "labels": torch.tensor([0, 1, 2])}
+
+
+def captioned_pictures() -> dict[str, Any]:
+    return {"input_ids": token_ids(), "pixel_values": pixels(), "return_loss": True}
+
+
+def speech() -> dict[str, Any]:
+    return {"input_features": torch.randn(ROWS, 8, 24, generator=_random()), "labels": token_ids()}
+
+
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+DECODER = ENCODER | {"num_key_value_heads": 1, "head_dim": 8}
+SEQ2SEQ = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+CLASSIFY = {"task_type": TaskType.SEQ_CLS}
+CAUSAL = {"task_type": TaskType.CAUSAL_LM}
+TRANSLATE = {"task_type": TaskType.SEQ_2_SEQ_LM}
+
+ZOO = [
+    Species(
+        "roberta",
+        hf.RobertaForSequenceClassification,
+        hf.RobertaConfig(**ENCODER, num_labels=3),
+        sentences,
+        CLASSIFY,
+    ),
+    Species(
+        "bert",
+        hf.BertForSequenceClassification,
+        hf.BertConfig(**ENCODER, num_labels=3),
+        sentences,
+        CLASSIFY,
+    ),
+    Species(
+        "distilbert",
+        hf.DistilBertForSequenceClassification,
+        hf.DistilBertConfig(
+            vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=3
+        ),
+        sentences,
+        CLASSIFY,
+    ),
+    Species(
+        "deberta_v3",
+        hf.DebertaV2ForSequenceClassification,
+        hf.DebertaV2Config(
+            **ENCODER,
+            num_labels=3,
+            relative_attention=True,
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+        sentences,
+        CLASSIFY,
+    ),
+    Species("bart", hf.BartForConditionalGeneration, hf.BartConfig(**SEQ2SEQ), text, TRANSLATE),
+    Species(
+        "t5",
+        hf.T5ForConditionalGeneration,
+        hf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_ff=24,
+            d_kv=8,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+        ),
+        text,
+        TRANSLATE,
+    ),
+    Species("marian", hf.MarianMTModel, hf.MarianConfig(**SEQ2SEQ), text, TRANSLATE),
+    Species(
+        "gpt2_conv1d",
+        hf.GPT2LMHeadModel,
+        hf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        text,
+        CAUSAL | {"fan_in_fan_out": True},
+    ),
+    Species("llama", hf.LlamaForCausalLM, hf.LlamaConfig(**DECODER), text, CAUSAL),
+    Species("qwen3", hf.Qwen3ForCausalLM, hf.Qwen3Config(**DECODER), text, CAUSAL),
+    Species("gemma3", hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**DECODER), text, CAUSAL),
+    Species(
+        "mixtral_attention_only",
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2),
+        text,
+        CAUSAL,
+    ),
+    Species(
+        "vit",
+        hf.ViTForImageClassification,
+        hf.ViTConfig(**ENCODER, image_size=16, patch_size=8, num_labels=3),
+        pictures,
+        {"modules_to_save": ["classifier"]},
+    ),
+    Species(
+        "clip",
+        hf.CLIPModel,
+        hf.CLIPConfig(
+            text_config=ENCODER | {"bos_token_id": 0, "eos_token_id": 2},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            projection_dim=8,
+        ),
+        captioned_pictures,
+        output="logits_per_image",
+    ),
+    Species(
+        "whisper",
+        hf.WhisperForConditionalGeneration,
+        hf.WhisperConfig(
+            **{k: v for k, v in SEQ2SEQ.items() if k != "max_position_embeddings"},
+            num_mel_bins=8,
+            max_source_positions=12,
+            max_target_positions=16,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+        speech,
+    ),
+]
