@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynlora.allocator import RankAllocator
+from dynlora.allocator import RankAllocator, Score
 
 MAX_SKIPPED_STEPS = 40
 """fp16 only: a GradScaler starts at 2**16 and halves its scale at each skipped step, so more skips
@@ -26,6 +26,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     Args:
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
+        score: another importance than the paper's; see RankAllocator.
 
     Attributes:
         allocator: the RankAllocator of the current run, None before training.
@@ -33,8 +34,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         history: one entry a prune event (step, budget, revived).
     """
 
-    def __init__(self, adapter: str | None = None) -> None:
+    def __init__(self, adapter: str | None = None, *, score: Score | None = None) -> None:
         self.adapter = adapter
+        self.score = score
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
         self._skipped = 0
@@ -63,7 +65,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Build the allocator; on a resumed run, restore its progress."""
         self.allocator = RankAllocator(
-            model, optimizer, total_steps=state.max_steps, adapter=self.adapter
+            model, optimizer, total_steps=state.max_steps, adapter=self.adapter, score=self.score
         )
         if state.global_step > 0:
             self.allocator.load_state_dict(_saved_progress(state))

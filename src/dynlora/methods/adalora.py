@@ -1,0 +1,109 @@
+"""``adalora``: PEFT's AdaLoRA, told about every step, with the same budget and window."""
+
+from typing import Any
+
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.adalora import SVDLinear
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dynlora.methods.adapted import Adapted, Target, trainable_beside
+from dynlora.methods.lora import shared_fields, whole_rank
+from dynlora.methods.options import AdapterOptions
+
+_ANY_LENGTH = 10**9  # until training begins and its real length is known
+
+
+def adalora(options: AdapterOptions, target: Target) -> Adapted:
+    """AdaLoRA from ``init_r`` to ``target_r``, its own cubic inside our pruning window.
+
+    PEFT leaves calling ``update_and_allocate`` to the training loop, and Trainer does not; the
+    callback does, after the backward pass of every optimizer step and before gradients are cleared.
+
+    Raises:
+        ValueError: ``target_r`` is not a whole number below ``init_r``.
+    """
+    rank = whole_rank(options, "adalora")
+    if rank >= options.start_r:
+        raise ValueError(
+            f"adapter.init_r={options.start_r} must be above adapter.target_r={rank} for adalora: PEFT's "
+            "AdaLoRA fails where there is nothing to prune."
+        )
+    config = AdaLoraConfig(
+        init_r=options.start_r,
+        target_r=rank,
+        deltaT=options.prune_interval,
+        total_step=_ANY_LENGTH,
+        **shared_fields(options, target),
+    )
+    model = get_peft_model(target.model, config)
+    head = target.head
+    return Adapted(
+        model=model,
+        parameters=lambda: live_parameters(model) or trainable_beside(model, head),
+        callbacks=[AdaLoraCallback(options)],
+        ranks=lambda: svd_ranks(model),
+        can_resume=False,  # PEFT saves fewer rows than the model that would load them has
+    )
+
+
+class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Sets AdaLoRA's schedule when the length of the run is known, and drives it."""
+
+    def __init__(self, options: AdapterOptions) -> None:
+        self.options = options
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: Any,
+        **_kwargs: Any,
+    ) -> None:
+        """The pruning window in steps."""
+        config = model.peft_config["default"]
+        total = state.max_steps
+        config.total_step = total
+        config.tinit = min(int(self.options.prune_start * total), total - 2)
+        config.tfinal = min(total - int(self.options.prune_end * total), total - config.tinit - 1)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: Any,
+        **_kwargs: Any,
+    ) -> None:
+        """Between the step and zero_grad; ``global_step`` is still that of the step before."""
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def svd_ranks(model: nn.Module) -> dict[str, int]:
+    """Singular values that are not pruned, by module name."""
+    return {
+        name.removeprefix("base_model.model."): int((module.lora_E["default"] != 0).sum())
+        if _has_begun(module)
+        else module.lora_E["default"].numel()
+        for name, module in model.named_modules()
+        if isinstance(module, SVDLinear)
+    }
+
+
+def live_parameters(model: nn.Module) -> int:
+    """Numbers in the triplets that are not pruned: in + out + 1 each."""
+    ranks = svd_ranks(model)
+    return sum(
+        ranks[name.removeprefix("base_model.model.")]
+        * (module.lora_A["default"].shape[1] + module.lora_B["default"].shape[0] + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, SVDLinear)
+    )
+
+
+def _has_begun(module: SVDLinear) -> bool:
+    """Whether training moved the singular values; PEFT draws them at 0."""
+    return bool((module.lora_E["default"] != 0).any())
