@@ -50,7 +50,7 @@ def test_no_answer_needs_every_window_and_a_lead_above_the_threshold():
     both = (FIRST, SECOND)
     refused = answer(start, start, windows=both, allow_no_answer=True)
     assert refused.null_lead == 2.0  # 2 + 2 from the window with the lower one, less 1 + 1
-    assert refused.text == "" and refused.n_best[0].text == ""
+    assert (refused.text, refused.n_best[0].text) == ("", "")
     assert answer(start, start, windows=both, allow_no_answer=True, null_threshold=2.0).text == "ab"
     assert answer(start, start, windows=both, allow_no_answer=False).text == "ab"
 

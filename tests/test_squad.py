@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dynlora.tasks.scoring.squad import exact_match, normalised, squad_scores, token_f1
 
-answers = st.text(alphabet="ab the.,-’", max_size=12)
+answers = st.text(alphabet="ab the.,-“", max_size=12)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ answers = st.text(alphabet="ab the.,-’", max_size=12)
         ("an  a\tthe", ""),
         ("Anthem, theory", "anthem theory"),  # an article is a whole word
         ("“quoted”", "“quoted”"),  # only ASCII punctuation
-        ("Zoë’s", "zoë’s"),
+        ("Zoë's", "zoës"),
     ],
 )
 def test_answers_are_normalised_in_the_official_order(answer, expected):

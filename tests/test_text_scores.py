@@ -33,7 +33,7 @@ def test_bleu_and_chrf_are_of_the_corpus_and_know_case():
         ["a small house.", "it rains today."], ["A small house.", "It rains today."]
     )
     assert same == {"bleu": 100.0, "chrf": 100.0}
-    assert lower["bleu"] < 100 and lower["chrf"] < 100
+    assert max(lower.values()) < 100
 
 
 @pytest.mark.parametrize("score", [rouge_scores, translation_scores, word_error_rate])

@@ -1,7 +1,5 @@
 """Perplexity that counts every token once, however the tokens are spread over rows and batches."""
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,7 +46,7 @@ def perplexity(rows: NDArray[np.floating]) -> dict[str, float]:
     Raises:
         ValueError: no token counts.
 
-    >>> scores = perplexity(np.array([[math.log(4) * 3, 3.0, 1.0], [math.log(4), 1.0, 1.0]]))
+    >>> scores = perplexity(np.array([[np.log(4) * 3, 3.0, 1.0], [np.log(4), 1.0, 1.0]]))
     >>> round(scores["perplexity"], 6), scores["token_accuracy"]
     (4.0, 50.0)
     """
