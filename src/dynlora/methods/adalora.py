@@ -4,10 +4,10 @@ from typing import Any
 
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import SVDLinear
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynlora.methods.adapted import Adapted, Target, trainable_beside
+from dynlora.methods.adapted import Adapted, Target
 from dynlora.methods.lora import shared_fields, whole_rank
 from dynlora.methods.options import AdapterOptions
 
@@ -37,12 +37,29 @@ def adalora(options: AdapterOptions, target: Target) -> Adapted:
         **shared_fields(options, target),
     )
     model = get_peft_model(target.model, config)
-    head = target.head
+    callback = AdaLoraCallback(options)
+
+    def ranks() -> dict[str, int]:
+        """PEFT draws singular values at 0, so that zeros mean something only after a step."""
+        return {
+            name: int((e != 0).sum()) if callback.has_stepped else e.numel()
+            for name, e in singular_values(model).items()
+        }
+
+    def parameters() -> int:
+        """In + out + 1 numbers for each triplet that is not pruned."""
+        sizes = {
+            name: module.lora_A["default"].shape[1] + module.lora_B["default"].shape[0] + 1
+            for name, module in _svd_layers(model).items()
+        }
+        return sum(rank * sizes[name] for name, rank in ranks().items())
+
     return Adapted(
         model=model,
-        parameters=lambda: live_parameters(model) or trainable_beside(model, head),
-        callbacks=[AdaLoraCallback(options)],
-        ranks=lambda: svd_ranks(model),
+        parameters=parameters,
+        callbacks=[callback],
+        ranks=ranks,
+        fits_from=lambda total_steps: int(options.prune_end * total_steps),
         can_resume=False,  # PEFT saves fewer rows than the model that would load them has
     )
 
@@ -52,6 +69,7 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     def __init__(self, options: AdapterOptions) -> None:
         self.options = options
+        self.has_stepped = False
 
     def on_train_begin(
         self,
@@ -79,31 +97,18 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         **_kwargs: Any,
     ) -> None:
         """Between the step and zero_grad; ``global_step`` is still that of the step before."""
+        self.has_stepped = True
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def svd_ranks(model: nn.Module) -> dict[str, int]:
-    """Singular values that are not pruned, by module name."""
+def singular_values(model: nn.Module) -> dict[str, Tensor]:
+    """Λ of each adapted module, (init_r, 1), by module name."""
+    return {name: module.lora_E["default"].detach() for name, module in _svd_layers(model).items()}
+
+
+def _svd_layers(model: nn.Module) -> dict[str, SVDLinear]:
     return {
-        name.removeprefix("base_model.model."): int((module.lora_E["default"] != 0).sum())
-        if _has_begun(module)
-        else module.lora_E["default"].numel()
+        name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, SVDLinear)
     }
-
-
-def live_parameters(model: nn.Module) -> int:
-    """Numbers in the triplets that are not pruned: in + out + 1 each."""
-    ranks = svd_ranks(model)
-    return sum(
-        ranks[name.removeprefix("base_model.model.")]
-        * (module.lora_A["default"].shape[1] + module.lora_B["default"].shape[0] + 1)
-        for name, module in model.named_modules()
-        if isinstance(module, SVDLinear)
-    )
-
-
-def _has_begun(module: SVDLinear) -> bool:
-    """Whether training moved the singular values; PEFT draws them at 0."""
-    return bool((module.lora_E["default"] != 0).any())

@@ -39,6 +39,7 @@ class Adapted:
         ranks: rank by module name, zeros included; {} for a method without ranks.
         schedule: budget after so many steps of a run with so many: [(step, components)]; None for a
             method that prunes nothing.
+        fits_from: (steps of the run) -> first step whose model is within the final budget.
         save: writes what was trained to a folder; None leaves it to ``Trainer.save_model``.
         can_resume: whether a run can go on from a checkpoint.
     """
@@ -49,6 +50,7 @@ class Adapted:
     finish: Callable[[], None] = lambda: None
     ranks: Callable[[], dict[str, int]] = dict
     schedule: Callable[[int], list[tuple[int, int]]] | None = None
+    fits_from: Callable[[int], int] = lambda _total_steps: 1
     save: Callable[[Path], object] | None = None
     can_resume: bool = True
 

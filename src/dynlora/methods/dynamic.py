@@ -10,7 +10,7 @@ from dynlora import allocation
 from dynlora.adapter.components import GatedLayer, find_gated_layers
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.methods.adapted import Adapted, Target, trainable_beside
-from dynlora.methods.lora import lora_ranks, shared_fields, whole_rank
+from dynlora.methods.lora import shared_fields, whole_rank
 from dynlora.methods.options import AdapterOptions
 from dynlora.trainer import DynLoraCallback
 
@@ -93,6 +93,9 @@ def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -
         model=model,
         parameters=lambda: trainable_beside(model, target.head),
         callbacks=[callback],
-        ranks=lambda: callback.ranks or start or lora_ranks(model),
+        ranks=lambda: (
+            callback.ranks or (callback.allocator.ranks() if callback.allocator else start)
+        ),
         schedule=schedule,
+        fits_from=lambda total_steps: schedule(total_steps)[-1][0],
     )

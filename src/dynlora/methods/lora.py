@@ -56,6 +56,7 @@ def lora_svd(options: AdapterOptions, target: Target) -> Adapted:
         parameters=lambda: trainable_beside(model, target.head),
         finish=lambda: final.update(truncate_(model, target_r=options.target_r)),
         ranks=lambda: final or lora_ranks(model),
+        fits_from=lambda total_steps: total_steps + 1,  # cut after the last of them
     )
 
 
@@ -76,7 +77,7 @@ def truncate_(model: nn.Module, *, target_r: float) -> dict[str, int]:
     for gated in layers:
         a, b, gate = gated.parameters
         sizes.append(
-            gated.scaling * gate * a.flatten(1).norm(dim=1) * b.flatten(2).norm(dim=(0, 2))
+            gated.scaling * gate * a.flatten(1).norm(dim=1) * b.movedim(1, 0).flatten(1).norm(dim=1)
         )
     budget = max(1, int(target_r * len(layers) + 0.5))
     keep = select_components(torch.cat(sizes).float(), budget)

@@ -1,14 +1,49 @@
 """The pretrained model a run starts from, with the modules that are new in it."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora.tasks.typed_fields import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The recipe's section ``base``: how the base model is loaded.
+
+    Attributes:
+        dtype: of its weights.
+        revision: branch, tag or commit on the hub.
+        attn_implementation: such as ``sdpa`` or ``flash_attention_2``; None: transformers' choice.
+        trust_remote_code: whether code that comes with the model may run.
+        quantization: fields of transformers' BitsAndBytesConfig, such as ``load_in_4bit: true``;
+            None: not quantised.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of ``from_pretrained``."""
+        named = {
+            "revision": self.revision,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code or None,
+            "quantization_config": self.quantization and BitsAndBytesConfig(**self.quantization),
+        }
+        return {"dtype": self.dtype} | {k: v for k, v in named.items() if v is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +52,12 @@ class BaseModel:
 
     Attributes:
         name: hub id or folder.
-        load: further arguments of ``from_pretrained`` (dtype, quantization_config, revision, …).
+        load: how; only what tells where the files are matters to a skeleton.
         is_skeleton: models are shapes on the meta device: for counting, not for running.
     """
 
     name: str
-    load: dict[str, Any] = field(default_factory=dict)
+    load: BaseOptions = field(default_factory=BaseOptions)
     is_skeleton: bool = False
 
     def config(self, **fields: Any) -> PreTrainedConfig:
@@ -81,19 +116,14 @@ class BaseModel:
             config=config,
             ignore_mismatched_sizes=True,  # a head for other labels is replaced
             output_loading_info=True,
-            **{"dtype": torch.float32, **self.load},
+            **self.load.arguments(),
         )
         drawn = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
         return model, sorted({key.rpartition(".")[0] for key in drawn})
 
     def _source(self) -> dict[str, Any]:
-        keep = ("revision", "trust_remote_code", "token", "cache_dir")
-        return {k: v for k, v in self.load.items() if k in keep}
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the name is a folder on this machine."""
-        return Path(self.name).is_dir()
+        keep = ("revision", "trust_remote_code")
+        return {k: v for k, v in self.load.arguments().items() if k in keep}
 
 
 def _outside_the_trunk(model: PreTrainedModel) -> list[str]:

@@ -47,13 +47,15 @@ class TaskData:
     Attributes:
         train: rows to train on.
         evals: rows to measure on, by name; a single set has the name "".
-        facts: the family's own (label names, references, …); passed on to ``prepare``.
+        labels: class names in the order of the model's outputs; None for a task without classes.
+        facts: whatever else the family learnt; passed on to ``prepare``.
         baselines: metric name to what an answer without a model reaches, such as the majority class:
             ``{"accuracy": 0.236}``.
     """
 
     train: Dataset
     evals: Mapping[str, Dataset]
+    labels: list[str] | None = None
     facts: Any = None
     baselines: Mapping[str, float] = field(default_factory=dict)
 
@@ -98,6 +100,7 @@ class Family:
             without the prefix ``eval_`` and without the name of an evaluation set.
         is_better_higher: (options) -> whether more of it is better.
         task_type: PEFT's task type ("SEQ_CLS", "CAUSAL_LM", …), None for models PEFT has no class for.
+        auto_class: transformers' class that loads a finished model, for the model card.
         trainer: the Trainer class.
         arguments: the class of its arguments; a recipe's section ``training`` may hold any of its
             fields.
@@ -111,6 +114,7 @@ class Family:
     best_metric: Callable[[Any], str]
     is_better_higher: Callable[[Any], bool] = lambda _options: True
     task_type: str | None = None
+    auto_class: str = "AutoModel"
     trainer: type[Trainer] = Trainer
     arguments: type[TrainingArguments] = TrainingArguments
     defaults: Callable[[Any], dict[str, Any]] = lambda _options: {}

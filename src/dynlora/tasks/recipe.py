@@ -10,6 +10,7 @@ import yaml
 
 from dynlora.methods import METHODS
 from dynlora.methods.options import AdapterOptions
+from dynlora.tasks.base_model import BaseOptions
 from dynlora.tasks.data import DataSource
 from dynlora.tasks.family import Family, family_named
 from dynlora.tasks.typed_fields import RecipeError, build, check_values, field_types, unknown_name
@@ -37,8 +38,7 @@ class Recipe:
         seed: draws head and adapter and orders the data; the same for every method.
         data: which rows.
         options: the task family's own fields.
-        base: further arguments of ``from_pretrained`` for the base model (``dtype: bfloat16``,
-            ``revision``, …); ``quantization: {load_in_4bit: true, …}`` takes BitsAndBytesConfig's.
+        base: how the base model is loaded (dtype, revision, quantization).
         adapter: ranks, schedule and targets, the same fields for every method.
         training: any fields of the trainer's arguments (TrainingArguments or a subclass).
     """
@@ -50,7 +50,7 @@ class Recipe:
     method: str = "dynlora"
     seed: int = 0
     options: Any = None
-    base: dict[str, Any] = field(default_factory=dict)
+    base: BaseOptions = field(default_factory=BaseOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -106,21 +106,18 @@ def _checked(values: dict[str, Any], family: Family) -> Recipe:
     if plain.get("method", "dynlora") not in METHODS:
         raise RecipeError(unknown_name("method", plain["method"], METHODS))
     section = {name: values.get(name) or {} for name in SECTIONS}
-    base = section["base"]
-    if not isinstance(base, Mapping):
-        raise RecipeError(f"base is {base!r}; write fields of from_pretrained below it.")
     return build(
         Recipe,
         {
             **plain,
             "data": build(DataSource, section["data"], section="data."),
             "options": build(family.options, section["options"], section="options."),
+            "base": build(BaseOptions, section["base"], section="base."),
             "adapter": build(AdapterOptions, section["adapter"], section="adapter."),
             "training": check_values(
                 family.arguments, section["training"], section="training.", refused=OWNED_BY_THE_RUN
             ),
-        }
-        | {"base": dict(base)},
+        },
     )
 
 
@@ -147,7 +144,7 @@ def _put(values: dict[str, Any], name: str, value: Any, family: Family) -> None:
     """Set the field ``name``, which may leave out its section."""
     known = known_fields(family)
     section, _, inner = name.partition(".")
-    if inner and section in ("base", *known):
+    if inner and section in known:
         below = values.setdefault(section, {})
         if isinstance(below, dict):  # anything else is refused when the recipe is checked
             below[inner] = value
@@ -171,6 +168,7 @@ def known_fields(family: Family) -> dict[str, list[str]]:
         "": [f for f in field_types(Recipe) if f not in SECTIONS],
         "data": list(field_types(DataSource)),
         "options": list(field_types(family.options)),
+        "base": list(field_types(BaseOptions)),
         "adapter": list(field_types(AdapterOptions)),
         "training": [f for f in field_types(family.arguments) if f not in OWNED_BY_THE_RUN],
     }

@@ -91,14 +91,14 @@ def read(options: Options, splits: Splits) -> TaskData:
     train = numbered(splits.train, split="train")
     evals = {name: numbered(rows, split=name or "eval") for name, rows in splits.evals.items()}
     return TaskData(
-        train=train, evals=evals, facts=names, baselines=_baselines(options, train, evals)
+        train=train, evals=evals, labels=names, baselines=_baselines(options, train, evals)
     )
 
 
 def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     """Tokenised rows, and a model with one output per class (one in all for regression)."""
     tokenizer = base.tokenizer()
-    names = data.facts
+    names = data.labels
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if names:
         head = {
@@ -229,4 +229,5 @@ FAMILY = Family(
     prepare=prepare,
     best_metric=lambda options: options.scores[0],
     task_type="SEQ_CLS",
+    auto_class=AutoModelForSequenceClassification.__name__,
 )
