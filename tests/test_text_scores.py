@@ -57,11 +57,11 @@ def test_words_heard_in_silence_are_errors():
 
 def test_an_entity_counts_only_with_type_and_both_ends_right():
     gold = [["B-person", "I-person", "O", "B-place"]]
-    assert span_scores(gold, gold)["f1"] == 100.0
+    assert span_scores(gold, gold)["f1"] == 1.0
     short = span_scores([["B-person", "O", "O", "B-place"]], gold)
-    assert (short["precision"], short["recall"], short["tag_accuracy"]) == (50.0, 50.0, 75.0)
+    assert (short["precision"], short["recall"], short["tag_accuracy"]) == (0.5, 0.5, 0.75)
     typed = span_scores([["B-place", "I-place", "O", "B-place"]], gold)
-    assert typed["f1"] == 50.0
+    assert typed["f1"] == 0.5
 
 
 def test_no_span_found_scores_zero_without_a_warning():

@@ -9,7 +9,7 @@ from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 def span_scores(
     predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Micro averages over all spans, and the share of right tags: percent.
+    """Micro averages over all spans, and the share of right tags, in [0, 1].
 
     A span counts as found if its type and both its ends are right (CoNLL's rule; ``B-``/``I-`` tags,
     where an ``I-`` that continues nothing begins a span).
@@ -22,7 +22,7 @@ def span_scores(
         ValueError: a sentence has other than one predicted tag for each gold tag.
 
     >>> span_scores([["B-person", "O", "B-place"]], [["B-person", "O", "O"]])["precision"]
-    50.0
+    0.5
     """
     if [len(tags) for tags in predictions] != [len(tags) for tags in references]:
         raise ValueError(
@@ -34,8 +34,8 @@ def span_scores(
         gold, found, average="micro", zero_division=0
     )
     return {
-        "precision": 100 * float(precision),
-        "recall": 100 * float(recall),
-        "f1": 100 * float(f1),
-        "tag_accuracy": 100 * float(accuracy_score(gold, found)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "tag_accuracy": float(accuracy_score(gold, found)),
     }

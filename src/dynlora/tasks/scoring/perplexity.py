@@ -48,7 +48,7 @@ def perplexity(rows: NDArray[np.floating]) -> dict[str, float]:
 
     >>> scores = perplexity(np.array([[np.log(4) * 3, 3.0, 1.0], [np.log(4), 1.0, 1.0]]))
     >>> round(scores["perplexity"], 6), scores["token_accuracy"]
-    (4.0, 50.0)
+    (4.0, 0.5)
     """
     total, counted, right = np.asarray(rows, dtype=np.float64).sum(axis=0)
     if not counted:
@@ -56,6 +56,6 @@ def perplexity(rows: NDArray[np.floating]) -> dict[str, float]:
     return {
         "perplexity": float(np.exp(total / counted)),
         "nll": float(total / counted),
-        "token_accuracy": 100 * float(right / counted),
+        "token_accuracy": float(right / counted),
         "tokens": float(counted),
     }
