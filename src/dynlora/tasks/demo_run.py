@@ -104,15 +104,9 @@ def demo_recipe(
         raise ValueError(
             f"epochs={epochs}, max_steps={max_steps}: give one of the two, the length of the run."
         )
-    numbers = {
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-    }
-    for name, value in numbers.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be above 0.")
+    _need_positive(
+        epochs=epochs, max_steps=max_steps, learning_rate=learning_rate, batch_size=batch_size
+    )
     length = {"max_steps": max_steps} if max_steps else {"num_train_epochs": epochs}
     return recipe_from(
         {
@@ -166,6 +160,12 @@ def run_demo(recipe: Recipe, *, data: Path | None, listener: Listener) -> DemoRe
         adapter_file=recipe.output / "adapter_model.safetensors",
         reload_difference=difference,
     )
+
+
+def _need_positive(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be above 0.")
 
 
 def _reloaded(recipe: Recipe, result: RunResult) -> float:
