@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynlora.allocator import RankAllocator
+from dynlora.allocator import RankAllocator, Score
 from dynlora.history import HistoryFile
 from dynlora.live import LiveLogs, RankImage, calling_handler, stand_first
 from dynlora.measures import memory_bytes
@@ -35,6 +35,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
         rank_image: draws the ranks at each prune event for TensorBoard, such as
             ``dynlora.report.rank_image``; None draws nothing.
+        score: another importance than the paper's; see RankAllocator.
 
     Attributes:
         allocator: the RankAllocator of the current run, None before training.
@@ -42,9 +43,16 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         history: one entry a prune event; see RankAllocator.history.
     """
 
-    def __init__(self, adapter: str | None = None, rank_image: RankImage | None = None) -> None:
+    def __init__(
+        self,
+        adapter: str | None = None,
+        rank_image: RankImage | None = None,
+        *,
+        score: Score | None = None,
+    ) -> None:
         self.adapter = adapter
         self.rank_image = rank_image
+        self.score = score
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
         self._skipped = 0
@@ -80,7 +88,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Build the allocator; on a resumed run, restore its progress."""
         self.allocator = RankAllocator(
-            model, optimizer, total_steps=state.max_steps, adapter=self.adapter
+            model, optimizer, total_steps=state.max_steps, adapter=self.adapter, score=self.score
         )
         if state.global_step > 0:
             self.allocator.load_state_dict(_saved_progress(state))
