@@ -11,9 +11,10 @@ except ModuleNotFoundError as missing:
         f"dynlora: the command line needs {missing.name}; pip install 'dynlora[cli]'"
     ) from None
 
+from dynlora.cli.look_options import register
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -159,3 +160,6 @@ def demo(
         seed=seed,
     )
     raise typer.Exit(code)
+
+
+register(app)
