@@ -16,6 +16,7 @@ from dynlora.methods import METHODS
 from dynlora.tasks import run as run_module
 from dynlora.tasks.data import Splits
 from dynlora.tasks.interrupt import Interrupted
+from dynlora.tasks.model_card import card
 from dynlora.tasks.plan import plan
 from dynlora.tasks.progress import Listener
 from dynlora.tasks.recipe import recipe_from
@@ -101,6 +102,17 @@ def test_the_model_card_tells_how_to_load_what_was_measured(method, recipe):
     with torch.no_grad():
         expected = result.trainer.model.eval()(**batch).logits
         assert torch.allclose(names["model"].eval()(**batch).logits, expected, atol=1e-6)
+
+
+def test_the_card_of_an_offline_model_names_its_hub_copy_and_loads_it_offline(recipe):
+    chosen = recipe()
+    record = run(chosen).record
+    text = card(recipe_from({**chosen.to_dict(), "model": "offline:all-MiniLM-L6-v2"}), record)
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    code = text.split("```python\n")[1].split("```")[0]
+    assert 'from_pretrained(offline_model("all-MiniLM-L6-v2"), num_labels=2)' in code
+    compile(code, "card", "exec")
 
 
 def test_full_saves_a_whole_model(recipe):

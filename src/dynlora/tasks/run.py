@@ -122,8 +122,7 @@ def build_model(
         data: of :func:`checked_data`.
         is_skeleton: models are shapes without weights, for counting.
     """
-    kind, _, name = recipe.model.partition(":")
-    model = offline_model(name) if kind == "offline" else recipe.model
+    model = offline_model(recipe.offline_name) if recipe.offline_name else recipe.model
     base = BaseModel(name=model, load=recipe.base, is_skeleton=is_skeleton)
     base.config()  # a model that is not there is the first thing to say
     set_seed(recipe.seed)
