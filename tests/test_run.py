@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
+from dynlora.adapter.components import find_gated_layers
 from dynlora.methods import METHODS
 from dynlora.tasks import run as run_module
 from dynlora.tasks.data import Splits
@@ -113,6 +114,29 @@ def test_the_card_of_an_offline_model_names_its_hub_copy_and_loads_it_offline(re
     code = text.split("```python\n")[1].split("```")[0]
     assert 'from_pretrained(offline_model("all-MiniLM-L6-v2"), num_labels=2)' in code
     compile(code, "card", "exec")
+
+
+def test_an_adapter_that_is_still_gated_is_saved_as_a_plain_lora(recipe):
+    chosen = recipe()
+    prepared, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
+    trainer = run_module.make_trainer(chosen, prepared, adapted, training_arguments(chosen), [])
+    for gated in find_gated_layers(adapted.model, "default"):  # as sharded training leaves them
+        torch.nn.init.ones_(gated.gate)
+    run_module._save(trainer, chosen, adapted)
+    assert PeftConfig.from_pretrained(chosen.output).peft_type == "LORA"
+    assert (chosen.output / "tokenizer.json").is_file()
+
+
+def test_a_run_that_fails_says_so_in_its_record(recipe):
+    def broken(done, _total, _rank):
+        if done == 2:
+            raise FloatingPointError("a gradient is not finite")
+
+    with pytest.raises(FloatingPointError):
+        run(recipe(), listener=Listener(on_step=broken))
+    record = record_of(recipe())
+    assert record["status"] == "failed"
+    assert record["parts"][0]["step"] == 2
 
 
 def test_full_saves_a_whole_model(recipe):
