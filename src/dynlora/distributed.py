@@ -31,6 +31,18 @@ def agreed(keep: Tensor) -> Tensor:
     return choice.bool()
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any of the processes; all of them must call it.
+
+    Args:
+        flag: of this process.
+        device: one that the process group communicates on.
+    """
+    flags = torch.tensor([flag], dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
 class DdpFinder:
     """Finds the DistributedDataParallel around a model that one was only given from the inside.
 

@@ -2,10 +2,16 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dynlora.distributed import any_process, world_size
+
+SAME_PRESS_S = 1.0  # launchers pass on a Ctrl-C that the terminal has sent to all processes already
+AGREE_EVERY = 10  # optimizer steps; agreeing waits for all processes
 
 
 class Interrupted(Exception):  # noqa: N818 (not a failure)
@@ -34,7 +40,8 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     def __init__(self, *, can_resume: bool = True) -> None:
         self.can_resume = can_resume
-        self.is_asked = False
+        self._asked_at: float | None = None
+        self._stops = False  # agreed by all processes
         self._before: Any = None
 
     def __enter__(self) -> "StopOnInterrupt":
@@ -49,17 +56,23 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is
             signal.signal(signal.SIGINT, self._before)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self.is_asked:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > SAME_PRESS_S:
             raise KeyboardInterrupt
-        self.is_asked = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
-        """Ask for a checkpoint of the step that has just ended."""
-        if self.is_asked and not self.can_resume:
+        """Ask for a checkpoint of the step that has just ended; several processes agree on the step."""
+        asked = self._asked_at is not None
+        if world_size() > 1:
+            asked = state.global_step % AGREE_EVERY == 0 and any_process(asked, args.device)
+        self._stops = asked
+        if asked and not self.can_resume:
             raise Interrupted(state.global_step, has_checkpoint=False)
-        if self.is_asked:
+        if asked:
             control.should_save = True
             control.should_evaluate = False
 
@@ -67,5 +80,5 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
         """The checkpoint is whole now."""
-        if self.is_asked:
+        if self._stops:
             raise Interrupted(state.global_step, has_checkpoint=True)
