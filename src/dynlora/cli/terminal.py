@@ -20,7 +20,9 @@ def quiet_libraries() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    had_bars = not datasets.are_progress_bars_disabled()
+    if had_bars:
+        datasets.disable_progress_bars()
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # else it warns when we start a process
@@ -33,7 +35,8 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-        datasets.enable_progress_bars()
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def report_error(error: BaseException, *, code: int, debug: bool) -> int:
