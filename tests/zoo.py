@@ -122,7 +122,8 @@ ZOO = [
             vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=3
         ),
         sentences,
-        CLASSIFY,
+        # "all-linear" would adapt it; PEFT saves as a whole whatever has "classifier" in its name
+        CLASSIFY | {"exclude_modules": ["pre_classifier"]},
     ),
     Species(
         "deberta_v3",

@@ -374,7 +374,7 @@ class RankAllocator:
             return
         if ddp:
             rebuild_reducer_(ddp)
-        swap_config_(self.model, self.adapter, ragged_config(self.model, self.config, self.layers))
+        swap_config_(self.model, self.adapter, ragged_config(self.config, self.layers))
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:

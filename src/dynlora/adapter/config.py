@@ -55,7 +55,8 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
 
     A module starts with ``init_r`` components; training prunes the least important ones of the whole
     model until ``target_r`` per module are left on average. All other fields are LoraConfig's, with
-    their meaning there; ``rank_pattern`` sets initial ranks. ``r`` is not given: it is ``init_r``.
+    their meaning there; ``rank_pattern`` sets initial ranks, 0 in the config that is saved with a module
+    that fell to rank 0. ``r`` is not given: it is ``init_r``.
 
     Args:
         init_r: components per adapted module at the start; ceil(1.5 · target_r) if not given.

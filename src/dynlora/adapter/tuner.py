@@ -6,12 +6,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
-from dynlora.adapter.layers import attach_gate_
+from dynlora.adapter.layers import attach_gate_, resize_
+from dynlora.adapter.patterns import with_one_component
 
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
@@ -24,7 +26,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        *args: Any,
+        current_key: str,
         **kwargs: Any,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -34,8 +36,11 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
                 "components do not reach all outputs, so their norms cannot be compared. Name it in "
                 "exclude_modules."
             )
+        ranks = lora_config.rank_pattern
+        is_empty = ranks.get(get_pattern_key(ranks, current_key)) == 0
+        built = with_one_component(lora_config, current_key) if is_empty else lora_config
         super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, *args, **kwargs
+            built, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
         trained = adapter_name in self.active_adapters and not lora_config.inference_mode
@@ -53,6 +58,8 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
                 lora_layer, adapter_name, identity=identity, init_std=lora_config.init_std
             )
             gate.requires_grad_(trained)
+            if is_empty:
+                resize_(lora_layer, adapter_name, 0)
             if lora_config.target_r < lora_layer.r[adapter_name]:
                 expect_allocator(lora_layer, adapter_name)
 
