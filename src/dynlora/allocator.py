@@ -16,6 +16,7 @@ from dynlora.adapter.patterns import ragged_config
 from dynlora.adapter.sharding import sharded_like, whole
 from dynlora.compaction import UnknownStateError, compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
+from dynlora.measures import component_sizes, prune_event
 from dynlora.stepping import is_inner_step
 
 STATE_VERSION = 1
@@ -40,7 +41,8 @@ class RankAllocator:
         is_frozen: whether the ranks are final.
         num_components: N, components in the model at the start.
         target_components: N_T, components at the end: target_r times modules, rounded.
-        history: one entry a prune event: step, budget, and components revived since the last one.
+        history: one entry a prune event, as ``measures.prune_event`` makes it: step, budget, cut and
+            revived components, ranks by module name, importance of kept and cut ones, DEM, gates.
 
     Raises:
         ValueError: there is no such adapter, none that is trainable, ``total_steps`` is unknown, the
@@ -79,8 +81,7 @@ class RankAllocator:
         self.step = 0
         self.is_frozen = False
         self._has_seen_a_step = False
-        self.history: list[dict[str, int]] = []
-        self._cut: list[Tensor] = []  # live masks as the last prune event left them, for revivals
+        self.history: list[dict[str, Any]] = []
         self.optimizer = _torch_optimizer(optimizer)
         self._check_optimizer_holds_adapter()
         self._finder = DdpFinder(model)
@@ -105,6 +106,31 @@ class RankAllocator:
             start=self.start,
             stop=self.stop,
         )
+
+    def plan(self) -> dict[str, Any]:
+        """The run as it is meant to go, for its record; plain numbers.
+
+        Returns:
+            total_steps, window (t₀, t₁), schedule (step and budget of each prune event), ranks (now, by
+            module name), component_sizes (numbers in one component of plain LoRA, by module name),
+            num_components and target_components.
+        """
+        window = {"start": self.start, "stop": self.stop}
+        events = [
+            step
+            for step in range(self.start + 1, self.stop + 1)
+            if allocation.is_prune_step(step, interval=self.config.prune_interval, **window)
+        ]
+        counts = {"total": self.num_components, "target": self.target_components}
+        return {
+            "total_steps": self.total_steps,
+            "window": [self.start, self.stop],
+            "schedule": [[s, allocation.budget_at(s, **counts, **window)] for s in events],
+            "num_components": self.num_components,
+            "target_components": self.target_components,
+            "ranks": self.ranks(),
+            "component_sizes": component_sizes(self.layers),
+        }
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; nothing is scored or pruned from here on."""
@@ -194,7 +220,6 @@ class RankAllocator:
         self.start, self.stop = state["window"]
         self.num_components = state["num_components"]
         self.history = [dict(event) for event in state["history"]]
-        self._cut = [m.live.clone() for m in self.layers]
 
     def _plan(self) -> dict[str, Any]:
         """What must not change between the parts of one run."""
@@ -319,16 +344,12 @@ class RankAllocator:
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
         self._check_finite(scores)
         keep = agreed(allocation.select_components(scores, self.budget))
-        revived = 0
-        for i, (gated, live) in enumerate(
-            zip(self.layers, keep.split([m.num_components for m in self.layers]), strict=True)
-        ):
-            if self._cut:
-                revived += int((live & ~self._cut[i]).sum())
+        before = torch.cat([m.live for m in self.layers])
+        sizes = [m.num_components for m in self.layers]
+        for gated, live in zip(self.layers, keep.split(sizes), strict=True):
             gated.live.copy_(live)
-        self._cut = [m.live.clone() for m in self.layers]
         self._hold_masks()
-        self.history.append({"step": self.step, "budget": self.budget, "revived": revived})
+        self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
 
     def _check_finite(self, scores: Tensor) -> None:
         if bool(torch.isfinite(scores).all()):

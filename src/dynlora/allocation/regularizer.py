@@ -28,7 +28,9 @@ def dem_penalty(vectors: Iterable[Tensor], num_components: int) -> Tensor:
     tensor(2.)
     """
     terms = [rows.var(dim=1).sum() for rows in vectors if rows.shape[1] > 1]
-    return torch.stack(terms).sum() / num_components if terms else torch.zeros(())
+    if not terms:
+        return torch.zeros(())
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() / num_components
 
 
 def add_dem_gradient_(grad: Tensor, weight: Tensor, *, rank_dim: int, factor: float) -> None:
