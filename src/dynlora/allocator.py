@@ -1,7 +1,7 @@
 """RankAllocator: joins the equations, the gated layers and an optimizer. All run state is here."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora import allocation
-from dynlora.adapter.components import find_config, find_gated_layers, is_trainable
+from dynlora.adapter.components import GatedLayer, find_config, find_gated_layers, is_trainable
 from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
@@ -20,6 +20,8 @@ from dynlora.measures import component_sizes, prune_event
 from dynlora.stepping import is_inner_step
 
 STATE_VERSION = 1
+
+Score = Callable[[Sequence[GatedLayer]], None]
 
 
 class RankAllocator:
@@ -35,6 +37,8 @@ class RankAllocator:
         optimizer: the torch optimizer that holds the adapter's parameters.
         total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
         adapter: which adapter; may be left out if only one is trainable.
+        score: instead of Eq. 7 and 8: writes the components' scores into ``ema`` of each layer, after
+            every step until the freeze; for experiments with other importances.
 
     Attributes:
         step: optimizer steps seen.
@@ -57,8 +61,10 @@ class RankAllocator:
         *,
         total_steps: int | None = None,
         adapter: str | None = None,
+        score: Score | None = None,
     ) -> None:
         self.model = model
+        self.score = score
         self.adapter, self.config = find_config(model, adapter)
         self.layers = find_gated_layers(model, self.adapter)
         if not is_trainable(self.layers):
@@ -308,7 +314,10 @@ class RankAllocator:
             for gated in self.layers:
                 stop_waiting(gated.layer, self.adapter)
         if not self.is_frozen:
-            self._score()
+            if self.score is None:
+                self._score()
+            else:
+                self.score(self.layers)
             if allocation.is_prune_step(
                 self.step, start=self.start, stop=self.stop, interval=self.config.prune_interval
             ):

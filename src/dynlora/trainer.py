@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynlora.allocator import RankAllocator
+from dynlora.allocator import RankAllocator, Score
 from dynlora.history import HistoryFile
 from dynlora.live import LiveLogs, RankImage, calling_handler, stand_first
 from dynlora.measures import memory_bytes
@@ -33,6 +33,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     Args:
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
+        score: another importance than the paper's; see RankAllocator.
         rank_image: draws the ranks at each prune event for TensorBoard, such as
             ``dynlora.report.rank_image``; None draws nothing.
 
@@ -42,8 +43,15 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         history: one entry a prune event; see RankAllocator.history.
     """
 
-    def __init__(self, adapter: str | None = None, rank_image: RankImage | None = None) -> None:
+    def __init__(
+        self,
+        adapter: str | None = None,
+        *,
+        score: Score | None = None,
+        rank_image: RankImage | None = None,
+    ) -> None:
         self.adapter = adapter
+        self.score = score
         self.rank_image = rank_image
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
@@ -80,7 +88,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Build the allocator; on a resumed run, restore its progress."""
         self.allocator = RankAllocator(
-            model, optimizer, total_steps=state.max_steps, adapter=self.adapter
+            model, optimizer, total_steps=state.max_steps, adapter=self.adapter, score=self.score
         )
         if state.global_step > 0:
             self.allocator.load_state_dict(_saved_progress(state))

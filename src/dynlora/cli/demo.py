@@ -1,8 +1,6 @@
 """``dynlora demo``: run the classification task and print what came out."""
 
 import contextlib
-import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +9,8 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
+from dynlora.cli.terminal import FAILED, USER_MISTAKE, print_error, quiet_libraries, report_error
 from dynlora.report.rank_grid import rank_grid
 from dynlora.tasks.assets import AssetError
 from dynlora.tasks.classification_run import run_classification
@@ -20,7 +18,6 @@ from dynlora.tasks.reload_check import LOGITS_TOLERANCE, ReloadError
 from dynlora.tasks.run_record import RunResult, RunSettings
 
 QUICK_STEPS = 60
-USER_MISTAKE, FAILED = 2, 1  # exit codes
 
 
 def run_demo(*, debug: bool, quick: bool, **options: Any) -> int:
@@ -31,15 +28,15 @@ def run_demo(*, debug: bool, quick: bool, **options: Any) -> int:
     console = Console()
     try:
         settings = RunSettings(**_with_length(options, quick=quick))
-        with _quiet_libraries(), _progress(console) as (announce, on_step):
+        with quiet_libraries(), _progress(console) as (announce, on_step):
             result = run_classification(settings, announce=announce, on_step=on_step)
     except (ValueError, OSError) as error:
-        return _report_error(error, code=USER_MISTAKE, debug=debug)
+        return report_error(error, code=USER_MISTAKE, debug=debug)
     except (AssetError, ReloadError, FloatingPointError) as error:
-        return _report_error(error, code=FAILED, debug=debug)
+        return report_error(error, code=FAILED, debug=debug)
     console.print(result_view(result, width=console.width))
     for failure in result.failed_checks():
-        _print_error(f"check failed: {failure}")
+        print_error(f"check failed: {failure}")
     return FAILED if result.failed_checks() else 0
 
 
@@ -117,35 +114,3 @@ def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
 
     with bar:
         yield announce, on_step
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No load reports, progress bars and hints of transformers between our lines."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # else it warns when we start a process
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for our user
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def _report_error(error: Exception, *, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    _print_error(str(error))
-    return code
-
-
-def _print_error(message: str) -> None:
-    line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True).print(
-        Text("dynlora: ", style="bold red") + Text(line), soft_wrap=True
-    )

@@ -42,6 +42,51 @@ def root(
         raise typer.Exit
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Check, count and print; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on from the last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace an earlier run.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.")
+    ] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON object a line.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a recipe says; any of its fields by --field value.
+
+    For instance: dynlora train recipes/paper/roberta-base/cola.yaml
+    --method lora --seed 3 --training.learning_rate 1e-3
+
+    Ctrl-C saves a checkpoint. Exit code: 0 done, 1 failed, 2 a mistake in
+    recipe or data, 130 stopped by Ctrl-C.
+    """
+    from dynlora.cli.train import train as run_train
+
+    code = run_train(
+        recipe,
+        context.args,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+        output="json" if json_lines else "quiet" if quiet else "terminal",
+        debug=debug,
+    )
+    raise typer.Exit(code)
+
+
 @app.command()
 def demo(
     model: Annotated[

@@ -22,9 +22,7 @@ from transformers import (
 
 from dynlora import DynLoraCallback, DynLoraConfig
 from dynlora.tasks.assets import pretrained_encoder
-from dynlora.tasks.reload_check import logits_on_cpu, reload_difference
-from dynlora.tasks.run_record import RunResult, RunSettings, check_output, write_record
-from dynlora.tasks.text_classification import (
+from dynlora.tasks.labelled_texts import (
     LabelledTexts,
     accuracy,
     majority_share,
@@ -33,6 +31,8 @@ from dynlora.tasks.text_classification import (
     shipped_sample,
     tokenised,
 )
+from dynlora.tasks.reload_check import logits_on_cpu, reload_difference
+from dynlora.tasks.run_record import RunResult, RunSettings, check_output, write_record
 
 NUM_RELOAD_ROWS = 32
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import DistilBertConfig, DistilBertModel, EvalPrediction
 
-from dynlora.tasks.text_classification import (
+from dynlora.tasks.labelled_texts import (
     Example,
     LabelledTexts,
     accuracy,
