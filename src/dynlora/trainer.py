@@ -33,9 +33,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     Args:
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
-        score: another importance than the paper's; see RankAllocator.
         rank_image: draws the ranks at each prune event for TensorBoard, such as
             ``dynlora.report.rank_image``; None draws nothing.
+        score: another importance than the paper's; see RankAllocator.
 
     Attributes:
         allocator: the RankAllocator of the current run, None before training.
@@ -46,13 +46,13 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     def __init__(
         self,
         adapter: str | None = None,
+        rank_image: RankImage | None = None,
         *,
         score: Score | None = None,
-        rank_image: RankImage | None = None,
     ) -> None:
         self.adapter = adapter
-        self.score = score
         self.rank_image = rank_image
+        self.score = score
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
         self._skipped = 0

@@ -12,7 +12,7 @@ from dynlora.allocation.importance import (
     update_norm,
 )
 from dynlora.allocation.regularizer import add_dem_gradient_, dem_penalty
-from dynlora.allocation.schedule import budget_at, is_prune_step, pruning_window
+from dynlora.allocation.schedule import budget_at, is_prune_step, prune_plan, pruning_window
 from dynlora.allocation.selection import select_components
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "component_norms",
     "dem_penalty",
     "is_prune_step",
+    "prune_plan",
     "pruning_window",
     "select_components",
     "smooth_importance_",

@@ -59,6 +59,21 @@ def budget_at(step: int, *, total: int, target: int, start: int, stop: int) -> i
     return total - (total - target) * done**3 // (stop - start) ** 3
 
 
+def prune_plan(
+    *, total: int, target: int, start: int, stop: int, interval: int
+) -> list[tuple[int, int]]:
+    """Every pruning of a run as (step, components that may be alive from then on).
+
+    >>> prune_plan(total=36, target=24, start=30, stop=60, interval=20)
+    [(50, 33), (60, 24)]
+    """
+    return [
+        (step, budget_at(step, total=total, target=target, start=start, stop=stop))
+        for step in range(start + 1, stop + 1)
+        if is_prune_step(step, start=start, stop=stop, interval=interval)
+    ]
+
+
 def is_prune_step(step: int, *, start: int, stop: int, interval: int) -> bool:
     """Whether components are pruned after ``step``.
 
