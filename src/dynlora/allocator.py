@@ -14,9 +14,10 @@ from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
 from dynlora.adapter.sharding import sharded_like, whole
-from dynlora.compaction import UnknownStateError, compact_
+from dynlora.compaction import compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
 from dynlora.measures import component_sizes, prune_event
+from dynlora.optimizer_state import CannotShrinkError
 from dynlora.stepping import is_inner_step
 
 STATE_VERSION = 1
@@ -88,6 +89,7 @@ class RankAllocator:
         self.is_frozen = False
         self._has_seen_a_step = False
         self.history: list[dict[str, Any]] = []
+        self._copies: list[tuple[nn.Module, list[GatedLayer]]] = []
         self.optimizer = _torch_optimizer(optimizer)
         self._check_optimizer_holds_adapter()
         self._finder = DdpFinder(model)
@@ -137,6 +139,27 @@ class RankAllocator:
             "ranks": self.ranks(),
             "component_sizes": component_sizes(self.layers),
         }
+
+    def also_compact(self, copy: nn.Module) -> None:
+        """Let a copy of the model, such as an ``AveragedModel`` of torch, shrink with it at the freeze.
+
+        A copy averages parameters pairwise with the model's, so it must keep their shapes. It ends as a
+        model with a DynLora adapter of the same ranks: ``finalize_(copy)`` makes it a plain LoRA.
+
+        Args:
+            copy: a deep copy of the model, wrapped or not, made before or after the freeze.
+
+        Raises:
+            ValueError: the copy has no such adapter, or its modules have other ranks than the model's.
+        """
+        layers = find_gated_layers(copy, self.adapter)
+        ours = [(m.name, m.num_components) for m in self.layers]
+        if [(m.name, m.num_components) for m in layers] != ours:
+            raise ValueError(
+                f"copy={type(copy).__name__} does not hold adapter {self.adapter!r} with the shapes that "
+                "the model has now. Pass the AveragedModel, or deep copy, of this very model."
+            )
+        self._copies.append((copy, layers))
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; nothing is scored or pruned from here on."""
@@ -392,19 +415,27 @@ class RankAllocator:
 
     def _freeze(self) -> None:
         self.is_frozen = True
+        for _, layers in self._copies:
+            for copied, gated in zip(layers, self.layers, strict=True):
+                copied.live.copy_(gated.live)
+                copied.gate.mul_(gated.live.to(copied.gate.device))
         ddp = self._finder.ddp
         if not self.config.compact or (world_size() > 1 and not (ddp and can_rebuild(ddp))):
             return
         try:
             compact_(self.layers, self.optimizer)
-        except UnknownStateError as reason:
+        except CannotShrinkError as reason:
             warnings.warn(
                 f"Dead components keep their place until finalize_: {reason}", stacklevel=2
             )
             return
         if ddp:
             rebuild_reducer_(ddp)
-        swap_config_(self.model, self.adapter, ragged_config(self.config, self.layers))
+        ragged = ragged_config(self.config, self.layers)
+        swap_config_(self.model, self.adapter, ragged)
+        for copy, layers in self._copies:
+            compact_(layers, None)
+            swap_config_(copy, self.adapter, ragged)
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:

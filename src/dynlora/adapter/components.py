@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.layers import factors, is_dropped, is_gated
@@ -82,13 +83,13 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The base model that holds the adapted layers, below PeftModel, tuner, DDP and torch.compile."""
+    """The base model that holds the adapted layers, below all wrappers."""
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
         elif isinstance(model, BaseTuner):
             model = model.model
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod

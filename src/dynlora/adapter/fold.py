@@ -30,10 +30,12 @@ Folded = dict[str, tuple[Tensor, Tensor]]
 def fold(layer: GatedLayer) -> tuple[Tensor, Tensor]:
     """A' (live rank, in, ...) and B' (out, live rank, ...) of one layer, with scaling 1.
 
-    Folding is done in fp32 at least and returned in the factors' own dtype.
+    Live is what contributes: before the freeze a component may be on its way back, with a gate that is
+    no longer 0, and leaving it out would change the function. Folding is done in fp32 at least and
+    returned in the factors' own dtype.
     """
     a, b, c = (whole(p.detach()) for p in layer.parameters)
-    keep = ((c != 0) & layer.live.to(c.device)).nonzero().flatten()
+    keep = c.nonzero().flatten()
     exact = torch.promote_types(b.dtype, torch.float32)
     gain = (c.to(exact) * layer.scaling).view(1, -1, *[1] * (b.ndim - 2))
     folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, keep)
