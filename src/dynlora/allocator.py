@@ -13,11 +13,12 @@ from dynlora.adapter.components import GatedLayer, find_config, find_gated_layer
 from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
-from dynlora.adapter.sharding import sharded_like, whole
+from dynlora.adapter.sharding import sharded_like
 from dynlora.compaction import compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
 from dynlora.measures import component_sizes, prune_event
 from dynlora.optimizer_state import CannotShrinkError
+from dynlora.scoring import add_dem_gradients_, score_
 from dynlora.stepping import is_inner_step
 
 STATE_VERSION = 1
@@ -90,6 +91,7 @@ class RankAllocator:
         self._has_seen_a_step = False
         self.history: list[dict[str, Any]] = []
         self._copies: list[tuple[nn.Module, list[GatedLayer]]] = []
+        self._held: list[tuple[GatedLayer, Tensor]] = []  # layers with dead components, and masks
         self.optimizer = _torch_optimizer(optimizer)
         self._check_optimizer_holds_adapter()
         self._finder = DdpFinder(model)
@@ -249,6 +251,7 @@ class RankAllocator:
         self.start, self.stop = state["window"]
         self.num_components = state["num_components"]
         self.history = [dict(event) for event in state["history"]]
+        self._note_masks()
 
     def _plan(self) -> dict[str, Any]:
         """What must not change between the parts of one run."""
@@ -301,20 +304,14 @@ class RankAllocator:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    @torch.no_grad()
     def _add_dem_gradients(self, optimizer: Optimizer) -> None:
         if self.is_frozen or self.config.dem_weight == 0:
             return
-        factor = self.config.dem_weight / self.num_components
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside step()
-        if scale is not None:
-            factor *= float(scale)
-        for gated in self.layers:
-            a, b, _ = gated.parameters
-            for weight, rank_dim in ((a, 0), (b, 1)):
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-                allocation.add_dem_gradient_(weight.grad, weight, rank_dim=rank_dim, factor=factor)
+        add_dem_gradients_(
+            self.layers,
+            factor=self.config.dem_weight / self.num_components,
+            grad_scale=getattr(optimizer, "grad_scale", None),  # a fused one unscales inside step()
+        )
 
     # -- after the step: score, schedule, prune --------------------------------------------------
 
@@ -338,7 +335,7 @@ class RankAllocator:
                 stop_waiting(gated.layer, self.adapter)
         if not self.is_frozen:
             if self.score is None:
-                self._score()
+                score_(self.layers, beta=self.config.ema_beta)
             else:
                 self.score(self.layers)
             if allocation.is_prune_step(
@@ -349,24 +346,6 @@ class RankAllocator:
             self._freeze()
         elif self.is_frozen or not self.config.revival:
             self._hold_masks()
-
-    def _score(self) -> None:
-        """Eq. 7 and 8 for all modules, those of equal rank in one batch."""
-        by_rank: dict[int, list[int]] = {}
-        for i, gated in enumerate(self.layers):
-            by_rank.setdefault(gated.num_components, []).append(i)
-        for indices in by_rank.values():
-            modules = [self.layers[i] for i in indices]
-            grams = [m.grams() for m in modules]
-            grams_a, grams_b = (torch.stack(g) for g in zip(*grams, strict=True))
-            gates = torch.stack([whole(m.gate.detach()).to(grams_a.dtype) for m in modules])
-            importance = allocation.component_importance(grams_a, grams_b, gates)
-            emas = [m.ema for m in modules]
-            allocation.smooth_importance_(
-                emas,
-                [s.to(e.dtype) for s, e in zip(importance, emas, strict=True)],
-                beta=self.config.ema_beta,
-            )
 
     def _prune(self) -> None:
         """Keep the budget's best components of the whole model; the gates of the others become 0."""
@@ -380,6 +359,7 @@ class RankAllocator:
         sizes = [m.num_components for m in self.layers]
         for gated, live in zip(self.layers, keep.split(sizes), strict=True):
             gated.live.copy_(live)
+        self._note_masks()
         self._hold_masks()
         self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
 
@@ -393,10 +373,16 @@ class RankAllocator:
             "the learning rate, clip gradients, and resume from the last checkpoint."
         )
 
+    def _note_masks(self) -> None:
+        """Remember whose gates to hold at 0, so that no step has to ask the device."""
+        present = [m for m in self.layers if not m.is_dropped]
+        if bool(torch.cat([m.live for m in present]).all()):
+            present = []
+        self._held = [(m, sharded_like(m.live, m.gate).to(m.gate.dtype)) for m in present]
+
     def _hold_masks(self) -> None:
-        for gated in self.layers:
-            if not gated.is_dropped:
-                gated.gate.mul_(sharded_like(gated.live, gated.gate))
+        if self._held:
+            torch._foreach_mul_([m.gate for m, _ in self._held], [mask for _, mask in self._held])
 
     def freeze_(self) -> None:
         """Make the ranks final now: cut to the target budget and compact, whatever the step.
@@ -424,6 +410,7 @@ class RankAllocator:
             return
         try:
             compact_(self.layers, self.optimizer)
+            self._note_masks()
         except CannotShrinkError as reason:
             warnings.warn(
                 f"Dead components keep their place until finalize_: {reason}", stacklevel=2

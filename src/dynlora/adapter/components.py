@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.layers import factors, is_dropped, is_gated
-from dynlora.adapter.sharding import is_sharded, whole
+from dynlora.adapter.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,6 @@ class GatedLayer:
     def num_components(self) -> int:
         """Stored components, pruned ones that still have a place included."""
         return self.live.shape[0]
-
-    @torch.no_grad()
-    def grams(self) -> tuple[Tensor, Tensor]:
-        """A Aᵀ and Bᵀ B in at least fp32, (rank, rank) each."""
-        a, b, _ = self.parameters
-        rows = _at_least_fp32(whole(a).flatten(1))
-        columns = _at_least_fp32(whole(b).flatten(1))
-        return rows @ rows.T, columns.T @ columns
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

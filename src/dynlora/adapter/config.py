@@ -74,6 +74,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
             of RankAllocator says it.
         init_std: None draws A and B as the official code does (Kaiming uniform, a = 0); a number
             draws both from N(0, init_std²). The gate c starts at 0 either way.
+        fused: whether plain Linear layers compute base and adapter in one autograd function where
+            that is possible (one active adapter, no hooks, one dtype); the result is the same to
+            rounding. False always takes PEFT's path.
 
     Raises:
         ValueError: a rule above is broken, ``r`` is given, or a LoRA variant is asked for that has no
@@ -118,6 +121,10 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     )
     init_std: float | None = field(
         default=None, metadata={"help": "Draw A and B from N(0, init_std^2); None: Kaiming."}
+    )
+
+    fused: bool = field(
+        default=True, metadata={"help": "Faster, equal path for plain Linear layers."}
     )
 
     def __post_init__(self) -> None:

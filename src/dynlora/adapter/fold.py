@@ -128,7 +128,7 @@ def _install_(gated: GatedLayer, a: Tensor, b: Tensor) -> None:
             del layer.lora_variant[adapter]
     else:
         lora_a = layer.lora_A[adapter]
-        del lora_a.c
+        del lora_a.c, lora_a.is_fused
         lora_a.__class__ = type(lora_a).__bases__[0]
         lora_a.weight, layer.lora_B[adapter].weight = new_a, new_b
     layer.use_rslora[adapter] = False

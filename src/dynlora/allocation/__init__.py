@@ -11,13 +11,13 @@ from dynlora.allocation.importance import (
     smooth_importance_,
     update_norm,
 )
-from dynlora.allocation.regularizer import add_dem_gradient_, dem_penalty
+from dynlora.allocation.regularizer import add_dem_gradients_, dem_penalty
 from dynlora.allocation.schedule import budget_at, is_prune_step, prune_plan, pruning_window
 from dynlora.allocation.selection import select_components
 
 __all__ = [
     "IMPORTANCE_EPS",
-    "add_dem_gradient_",
+    "add_dem_gradients_",
     "budget_at",
     "component_importance",
     "component_norms",
