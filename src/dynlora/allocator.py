@@ -1,7 +1,7 @@
 """RankAllocator: joins the equations, the gated layers and an optimizer. All run state is here."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora import allocation
-from dynlora.adapter.components import GatedLayer, find_config, find_gated_layers, is_trainable
+from dynlora.adapter.components import find_config, find_gated_layers, is_trainable
 from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
@@ -17,11 +17,11 @@ from dynlora.adapter.sharding import sharded_like, whole
 from dynlora.compaction import UnknownStateError, compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
 from dynlora.measures import component_sizes, prune_event
+from dynlora.moments import forget_pruned_
+from dynlora.scores import Score, chosen_score, fitting
 from dynlora.stepping import is_inner_step
 
 STATE_VERSION = 1
-
-Score = Callable[[Sequence[GatedLayer]], None]
 
 
 class RankAllocator:
@@ -37,8 +37,8 @@ class RankAllocator:
         optimizer: the torch optimizer that holds the adapter's parameters.
         total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
         adapter: which adapter; may be left out if only one is trainable.
-        score: instead of Eq. 7 and 8: writes the components' scores into ``ema`` of each layer, after
-            every step until the freeze; for experiments with other importances.
+        score: instead of the config's importance: writes the components' scores into ``ema`` of each
+            layer, after every step until the freeze; for experiments with other importances.
 
     Attributes:
         step: optimizer steps seen.
@@ -64,8 +64,8 @@ class RankAllocator:
         score: Score | None = None,
     ) -> None:
         self.model = model
-        self.score = score
         self.adapter, self.config = find_config(model, adapter)
+        self.score = score or chosen_score(self.config)
         self.layers = find_gated_layers(model, self.adapter)
         if not is_trainable(self.layers):
             raise ValueError(
@@ -111,6 +111,7 @@ class RankAllocator:
             target=self.target_components,
             start=self.start,
             stop=self.stop,
+            schedule=self.config.schedule,
         )
 
     def plan(self) -> dict[str, Any]:
@@ -121,13 +122,14 @@ class RankAllocator:
             module name), component_sizes (numbers in one component of plain LoRA, by module name),
             num_components and target_components.
         """
-        window = {"start": self.start, "stop": self.stop}
+        window: dict[str, Any] = {"start": self.start, "stop": self.stop}
         events = [
             step
             for step in range(self.start + 1, self.stop + 1)
             if allocation.is_prune_step(step, interval=self.config.prune_interval, **window)
         ]
-        counts = {"total": self.num_components, "target": self.target_components}
+        counts: dict[str, Any] = {"total": self.num_components, "target": self.target_components}
+        counts["schedule"] = self.config.schedule
         return {
             "total_steps": self.total_steps,
             "window": [self.start, self.stop],
@@ -237,6 +239,9 @@ class RankAllocator:
             "prune_interval": self.config.prune_interval,
             "ema_beta": self.config.ema_beta,
             "revival": self.config.revival,
+            "importance": self.config.importance,
+            "schedule": self.config.schedule,
+            "budget": self.config.budget,
         }
 
     def _checked_total_steps(self, total_steps: int | None) -> int:
@@ -352,12 +357,17 @@ class RankAllocator:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
         self._check_finite(scores)
-        keep = agreed(allocation.select_components(scores, self.budget))
+        keep = allocation.select_components(scores, self.budget)
+        if self.config.budget == "parameters":
+            keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
+        keep = agreed(keep)
         before = torch.cat([m.live for m in self.layers])
         sizes = [m.num_components for m in self.layers]
         for gated, live in zip(self.layers, keep.split(sizes), strict=True):
             gated.live.copy_(live)
         self._hold_masks()
+        if self.config.forget_pruned:
+            forget_pruned_(self.layers, self.optimizer)
         self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
 
     def _check_finite(self, scores: Tensor) -> None:

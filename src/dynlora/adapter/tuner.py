@@ -55,7 +55,11 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         for lora_layer in inner:  # MultiheadAttention hides a second one in its out_proj
             lora_layer.is_half_of_attention = isinstance(layer, lora.MultiheadAttention)
             gate = attach_gate_(
-                lora_layer, adapter_name, identity=identity, init_std=lora_config.init_std
+                lora_layer,
+                adapter_name,
+                identity=identity,
+                init_std=lora_config.init_std,
+                init=lora_config.init,
             )
             gate.requires_grad_(trained)
             if is_empty:

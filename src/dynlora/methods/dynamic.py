@@ -61,6 +61,11 @@ def _config(options: AdapterOptions, target: Target, **changed: float) -> DynLor
         "revival": options.revival,
         "compact": options.compact,
         "init_std": options.init_std,
+        "init": options.init,
+        "importance": options.importance,
+        "schedule": options.schedule,
+        "budget": options.budget,
+        "forget_pruned": options.forget_pruned,
     }
     return DynLoraConfig(**{**fields, **changed}, **shared_fields(options, target))
 
@@ -79,7 +84,12 @@ def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -
             (
                 step,
                 allocation.budget_at(
-                    step, total=total, target=target_components, start=first, stop=last
+                    step,
+                    total=total,
+                    target=target_components,
+                    start=first,
+                    stop=last,
+                    schedule=config.schedule,
                 ),
             )
             for step in range(first, last + 1)
