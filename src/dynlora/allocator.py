@@ -122,18 +122,18 @@ class RankAllocator:
             module name), component_sizes (numbers in one component of plain LoRA, by module name),
             num_components and target_components.
         """
-        window: dict[str, Any] = {"start": self.start, "stop": self.stop}
-        events = [
-            step
-            for step in range(self.start + 1, self.stop + 1)
-            if allocation.is_prune_step(step, interval=self.config.prune_interval, **window)
-        ]
-        counts: dict[str, Any] = {"total": self.num_components, "target": self.target_components}
-        counts["schedule"] = self.config.schedule
+        schedule = allocation.prune_plan(
+            total=self.num_components,
+            target=self.target_components,
+            start=self.start,
+            stop=self.stop,
+            interval=self.config.prune_interval,
+            schedule=self.config.schedule,
+        )
         return {
             "total_steps": self.total_steps,
             "window": [self.start, self.stop],
-            "schedule": [[s, allocation.budget_at(s, **counts, **window)] for s in events],
+            "schedule": [list(event) for event in schedule],
             "num_components": self.num_components,
             "target_components": self.target_components,
             "ranks": self.ranks(),

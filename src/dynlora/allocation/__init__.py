@@ -13,7 +13,13 @@ from dynlora.allocation.importance import (
     update_norm,
 )
 from dynlora.allocation.regularizer import add_dem_gradient_, dem_penalty
-from dynlora.allocation.schedule import Schedule, budget_at, is_prune_step, pruning_window
+from dynlora.allocation.schedule import (
+    Schedule,
+    budget_at,
+    is_prune_step,
+    prune_plan,
+    pruning_window,
+)
 from dynlora.allocation.selection import select_components, select_within
 
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "component_sensitivity",
     "dem_penalty",
     "is_prune_step",
+    "prune_plan",
     "pruning_window",
     "select_components",
     "select_within",

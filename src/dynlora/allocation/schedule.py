@@ -3,7 +3,7 @@
 All steps are optimizer steps, counted after they are done: step 1 is the first update.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 Schedule = Literal["slow-fast", "fast-slow"]
 
@@ -72,6 +72,28 @@ def budget_at(
         rounded_down = (target - total) * (length - done) ** 3 // length**3  # of a negative share
         return target - rounded_down
     return total - (total - target) * done**3 // length**3
+
+
+def prune_plan(
+    *,
+    total: int,
+    target: int,
+    start: int,
+    stop: int,
+    interval: int,
+    schedule: Schedule = "slow-fast",
+) -> list[tuple[int, int]]:
+    """Every pruning of a run as (step, components that may be alive from then on).
+
+    >>> prune_plan(total=36, target=24, start=30, stop=60, interval=20)
+    [(50, 33), (60, 24)]
+    """
+    plan: dict[str, Any] = {"total": total, "target": target, "start": start, "stop": stop}
+    return [
+        (step, budget_at(step, **plan, schedule=schedule))
+        for step in range(start + 1, stop + 1)
+        if is_prune_step(step, start=start, stop=stop, interval=interval)
+    ]
 
 
 def is_prune_step(step: int, *, start: int, stop: int, interval: int) -> bool:

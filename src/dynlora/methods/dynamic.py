@@ -79,25 +79,14 @@ def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -
         first, last = allocation.pruning_window(
             total_steps, prune_start=config.prune_start, prune_end=config.prune_end
         )
-        total = sum(start.values())
-        return [
-            (
-                step,
-                allocation.budget_at(
-                    step,
-                    total=total,
-                    target=target_components,
-                    start=first,
-                    stop=last,
-                    schedule=config.schedule,
-                ),
-            )
-            for step in range(first, last + 1)
-            if step == first
-            or allocation.is_prune_step(
-                step, start=first, stop=last, interval=config.prune_interval
-            )
-        ]
+        return allocation.prune_plan(
+            total=sum(start.values()),
+            target=target_components,
+            start=first,
+            stop=last,
+            interval=config.prune_interval,
+            schedule=config.schedule,
+        )
 
     return Adapted(
         model=model,

@@ -149,7 +149,7 @@ def _put(values: dict[str, Any], name: str, value: Any, family: Family) -> None:
         if isinstance(below, dict):  # anything else is refused when the recipe is checked
             below[inner] = value
         return
-    if name in known[""]:
+    if name in known[""] or name in SECTIONS:
         values[name] = value
         return
     owners = [s for s in SECTIONS if name in known.get(s, ())]

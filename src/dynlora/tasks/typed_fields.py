@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -112,9 +113,18 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, section: str = "
 def _converted(name: str, value: Any, wanted: Any) -> Any:
     if dataclasses.is_dataclass(wanted):  # a section, built and checked before
         return value
-    try:
-        return TypeAdapter(wanted, config=_LENIENT).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["msg"][:1].lower() + first["msg"][1:]
-        raise RecipeError(f"field {name!r} is {value!r}: {reason}.") from error
+    adapter = TypeAdapter(wanted, config=_LENIENT)
+    tried = [value]
+    if isinstance(value, bool):
+        tried.append("yes" if value else "no")  # YAML reads the words as true and false
+    errors = []
+    for candidate in tried:
+        try:
+            converted = adapter.validate_python(candidate)
+        except ValidationError as error:
+            errors.append(error)
+            continue
+        return converted.value if isinstance(converted, Enum) else converted
+    first = errors[0].errors()[0]
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    raise RecipeError(f"field {name!r} is {value!r}: {reason}.") from errors[0]
