@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from dynlora import DynLoraConfig, RankAllocator
-from dynlora.scoring import STACK_BYTES, add_dem_gradients_, gram_matrices, score_
+from dynlora.scoring import STACK_BYTES, add_dem_gradients_, gram_matrices
 from small_net import adamw
 
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
@@ -54,7 +54,7 @@ def one_step(allocator, watch):
     """What the allocator does around one optimizer step."""
     with watch:
         add_dem_gradients_(allocator.layers, factor=0.1)
-        score_(allocator.layers, beta=0.9)
+        allocator.score(allocator.layers)
     return watch
 
 
@@ -84,12 +84,15 @@ def test_scores_of_modules_of_many_shapes_and_ranks_equal_the_reference():
     net = nn.Sequential(*(nn.Linear(i, o) for i, o in [(4, 6), (6, 4), (4, 6), (6, 6), (6, 4)]))
     names = [str(i) for i in range(5)]
     model = get_peft_model(
-        net, DynLoraConfig(target_modules=names, init_r=3, target_r=2, rank_pattern={"3": 5})
+        net,
+        DynLoraConfig(
+            target_modules=names, init_r=3, target_r=2, rank_pattern={"3": 5}, ema_beta=0.75
+        ),
     )
     _, allocator = with_gradients(model)
     for m in allocator.layers:
         m.gate.data = torch.randn_like(m.gate)
-    score_(allocator.layers, beta=0.75)
+    allocator.score(allocator.layers)
     for m in allocator.layers:
         a, b, c = (p.detach() for p in m.parameters)
         base = m.layer.get_base_layer()

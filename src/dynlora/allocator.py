@@ -1,7 +1,7 @@
 """RankAllocator: joins the equations, the gated layers and an optimizer. All run state is here."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from dynlora.adapter.sharding import sharded_like
 from dynlora.compaction import compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
 from dynlora.measures import component_sizes, prune_event
+from dynlora.moments import forget_pruned_
 from dynlora.optimizer_state import CannotShrinkError
-from dynlora.scoring import add_dem_gradients_, score_
+from dynlora.parameter_budget import fitting
+from dynlora.scoring import Score, add_dem_gradients_, chosen_score
 from dynlora.stepping import is_inner_step
 
 STATE_VERSION = 1
-
-Score = Callable[[Sequence[GatedLayer]], None]
 
 
 class RankAllocator:
@@ -39,8 +39,8 @@ class RankAllocator:
         optimizer: the torch optimizer that holds the adapter's parameters.
         total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
         adapter: which adapter; may be left out if only one is trainable.
-        score: instead of Eq. 7 and 8: writes the components' scores into ``ema`` of each layer, after
-            every step until the freeze; for experiments with other importances.
+        score: instead of the config's importance: writes the components' scores into ``ema`` of each
+            layer, after every step until the freeze; for experiments with other importances.
 
     Attributes:
         step: optimizer steps seen.
@@ -66,8 +66,8 @@ class RankAllocator:
         score: Score | None = None,
     ) -> None:
         self.model = model
-        self.score = score
         self.adapter, self.config = find_config(model, adapter)
+        self.score = score or chosen_score(self.config)
         self.layers = find_gated_layers(model, self.adapter)
         if not is_trainable(self.layers):
             raise ValueError(
@@ -115,6 +115,7 @@ class RankAllocator:
             target=self.target_components,
             start=self.start,
             stop=self.stop,
+            schedule=self.config.schedule,
         )
 
     def plan(self) -> dict[str, Any]:
@@ -131,6 +132,7 @@ class RankAllocator:
             start=self.start,
             stop=self.stop,
             interval=self.config.prune_interval,
+            schedule=self.config.schedule,
         )
         return {
             "total_steps": self.total_steps,
@@ -263,6 +265,9 @@ class RankAllocator:
             "prune_interval": self.config.prune_interval,
             "ema_beta": self.config.ema_beta,
             "revival": self.config.revival,
+            "importance": self.config.importance,
+            "schedule": self.config.schedule,
+            "budget": self.config.budget,
         }
 
     def _checked_total_steps(self, total_steps: int | None) -> int:
@@ -334,10 +339,7 @@ class RankAllocator:
             for gated in self.layers:
                 stop_waiting(gated.layer, self.adapter)
         if not self.is_frozen:
-            if self.score is None:
-                score_(self.layers, beta=self.config.ema_beta)
-            else:
-                self.score(self.layers)
+            self.score(self.layers)
             if allocation.is_prune_step(
                 self.step, start=self.start, stop=self.stop, interval=self.config.prune_interval
             ):
@@ -354,13 +356,18 @@ class RankAllocator:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
         self._check_finite(scores)
-        keep = agreed(allocation.select_components(scores, self.budget))
+        keep = allocation.select_components(scores, self.budget)
+        if self.config.budget == "parameters":
+            keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
+        keep = agreed(keep)
         before = torch.cat([m.live for m in self.layers])
         sizes = [m.num_components for m in self.layers]
         for gated, live in zip(self.layers, keep.split(sizes), strict=True):
             gated.live.copy_(live)
         self._note_masks()
         self._hold_masks()
+        if self.config.forget_pruned:
+            forget_pruned_(self.layers, self.optimizer)
         self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
 
     def _check_finite(self, scores: Tensor) -> None:

@@ -14,33 +14,73 @@ from torch import Tensor
 
 from dynlora import allocation
 from dynlora.adapter.components import GatedLayer
+from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.sharding import is_sharded, whole
 
 STACK_BYTES = 1_000_000
 """Upper limit of a temporary. Below it, larger stacks were not measurably faster on a CPU."""
 
 
-@torch.no_grad()
-def score_(layers: Sequence[GatedLayer], *, beta: float) -> None:
-    """Move the smoothed importance of every component towards its present one (Eq. 7 and 8).
+Score = Callable[[Sequence[GatedLayer]], None]
+"""Writes the components' scores into ``ema`` of each layer, after every step until the freeze."""
 
-    Args:
-        layers: the gated layers of a model, none of them dropped; their ``ema`` is changed in place.
-        beta: weight of the past, in [0, 1).
-    """
+
+def chosen_score(config: DynLoraConfig) -> Score:
+    """The score that the config names: its importance, smoothed (Eq. 8)."""
+    present = _gate_scores if config.importance in _FROM_GATES else _norm_scores
+
+    @torch.no_grad()
+    def score(layers: Sequence[GatedLayer]) -> None:
+        emas = [m.ema for m in layers]
+        found = present(layers, config.importance)
+        scores = [s.to(e.dtype) for s, e in zip(found, emas, strict=True)]
+        allocation.smooth_importance_(emas, scores, beta=config.ema_beta)
+
+    return score
+
+
+_FROM_GRAMS = {
+    "share": allocation.component_importance,  # Eq. 7; adds up to about 1 in every module
+    "norm": allocation.component_norms,  # modules that change more keep more
+}
+
+
+def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
+    """Importance of every component from Gram matrices, one (rank,) tensor a module."""
     factors = [m.parameters for m in layers]
     grams_a = gram_matrices([a.detach() for a, _, _ in factors], rank_dim=0)
     grams_b = gram_matrices([b.detach() for _, b, _ in factors], rank_dim=1)
-    emas = [m.ema for m in layers]
-    present: list[Any] = [None] * len(layers)
-    for rows in _groups(emas, lambda e: (e.shape[0], e.dtype, e.device)):
+    found: list[Any] = [None] * len(layers)
+    for rows in _groups(grams_a, lambda gram: (gram.shape[0], gram.dtype, gram.device)):
         gram_a = torch.stack([grams_a[i] for i in rows])
         gram_b = torch.stack([grams_b[i] for i in rows])
         gates = torch.stack([whole(factors[i][2].detach()) for i in rows]).to(gram_a.dtype)
-        shares = allocation.component_importance(gram_a, gram_b, gates).to(emas[rows[0]].dtype)
-        for i, share in zip(rows, shares.unbind(), strict=True):
-            present[i] = share
-    allocation.smooth_importance_(emas, present, beta=beta)
+        scores = _FROM_GRAMS[importance](gram_a, gram_b, gates)
+        for i, score in zip(rows, scores.unbind(), strict=True):
+            found[i] = score
+    if importance == "norm":
+        return list(torch._foreach_mul(found, [m.scaling for m in layers]))
+    return found
+
+
+def _gate(gated: GatedLayer) -> Tensor:
+    """|cᵢ|: free to compute, and the norm itself where all aᵢ and bᵢ are of one length."""
+    return whole(gated.gate.detach()).abs()
+
+
+def _sensitivity(gated: GatedLayer) -> Tensor:
+    """|cᵢ ∂L/∂cᵢ| with the gradient of the step just made; 0 where the gate received none."""
+    c = whole(gated.gate.detach())
+    if gated.gate.grad is None:
+        return torch.zeros_like(c)
+    return allocation.component_sensitivity(c, whole(gated.gate.grad))
+
+
+_FROM_GATES = {"gate": _gate, "sensitivity": _sensitivity}
+
+
+def _gate_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
+    return [_FROM_GATES[importance](gated) for gated in layers]
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynlora.allocator import RankAllocator, Score
+from dynlora.allocator import RankAllocator
 from dynlora.history import HistoryFile
 from dynlora.live import LiveLogs, RankImage, calling_handler, stand_first
 from dynlora.measures import memory_bytes
+from dynlora.scoring import Score
 
 MAX_SKIPPED_STEPS = 40
 """fp16 only: a GradScaler starts at 2**16 and halves its scale at each skipped step, so more skips

@@ -177,7 +177,13 @@ class EmbeddingGate(lora.LoraVariant):  # type: ignore[misc]  # peft is untyped
 
 
 def attach_gate_(
-    layer: Any, adapter: str, *, identity: bool, init_std: float | None, fused: bool = True
+    layer: Any,
+    adapter: str,
+    *,
+    identity: bool,
+    init_std: float | None,
+    init: str = "kaiming",
+    fused: bool = True,
 ) -> nn.Parameter:
     """Give ``adapter`` of a stock LoRA layer its gate and buffers, and draw A and B anew, in place.
 
@@ -185,7 +191,8 @@ def attach_gate_(
         layer: a LoRA layer that holds ``adapter``.
         adapter: name of the adapter.
         identity: True starts at ΔW = 0 (c = 0); False keeps PEFT's random A and B and c = 1.
-        init_std: None for the official Kaiming initialisation, else the standard deviation.
+        init_std: None for a Kaiming initialisation, else the standard deviation.
+        init: which Kaiming: ``kaiming`` is the official code's, ``lora`` is LoRA's.
         fused: whether a plain Linear may use the fused path where it applies.
 
     Returns:
@@ -216,19 +223,21 @@ def attach_gate_(
     layer.lora_live[adapter] = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
     layer.__dict__.get("dropped_factors", {}).pop(adapter, None)  # of a namesake replaced just now
     if a.device.type != "meta":
-        _draw_(a, b, gate, identity=identity, init_std=init_std)
+        _draw_(a, b, gate, identity=identity, init_std=init_std, init=init)
     return gate
 
 
 @torch.no_grad()
-def _draw_(a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None) -> None:
-    """Initial values: the official code's Kaiming uniform with a = 0, or N(0, init_std²)."""
+def _draw_(
+    a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None, init: str
+) -> None:
+    """Initial values: Kaiming uniform with the official code's a = 0 or LoRA's √5, or N(0, init_std²)."""
     if not identity:
         gate.fill_(1.0)
         return
     for factor in (a, b):
         if init_std is None:
-            nn.init.kaiming_uniform_(factor, a=0)
+            nn.init.kaiming_uniform_(factor, a=5**0.5 if init == "lora" else 0)
         else:
             nn.init.normal_(factor, std=init_std)
 

@@ -59,6 +59,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
                 adapter_name,
                 identity=identity,
                 init_std=lora_config.init_std,
+                init=lora_config.init,
                 fused=lora_config.fused,
             )
             gate.requires_grad_(trained)

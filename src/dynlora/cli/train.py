@@ -27,7 +27,6 @@ from dynlora.tasks.plan import Plan, plan
 from dynlora.tasks.progress import Listener
 from dynlora.tasks.recipe import Recipe, read_recipe
 from dynlora.tasks.run import run
-from dynlora.tasks.typed_fields import RecipeError
 
 Output = Literal["terminal", "quiet", "json"]
 EVENTS_SHOWN = 6  # prunings of a schedule, in a plan for people
@@ -54,7 +53,7 @@ def train(
                 result = run(recipe, resume=resume, overwrite=overwrite, listener=listener)
             if result.trainer.is_world_process_zero():
                 _show_result(recipe, result.record, output)
-    except (RecipeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return report_error(error, code=USER_MISTAKE, debug=debug)
     except FloatingPointError as error:
         return report_error(error, code=FAILED, debug=debug)
@@ -155,6 +154,7 @@ def _progress() -> Iterator[Listener]:
         bar.console.print(line, style="dim", highlight=False)
 
     def on_step(done: int, total: int, rank: float | None) -> None:
+        bar.start()  # not before: an empty bar leaves an empty line
         if rank is not None:
             live["rank"] = f"rank {rank:.2f}"
         bar.update(task, completed=done, total=total, visible=True, live=" ".join(live.values()))
@@ -167,8 +167,11 @@ def _progress() -> Iterator[Listener]:
         if shown:
             bar.console.print(f"step {step}: {', '.join(shown)}", style="dim", highlight=False)
 
-    with bar:
+    try:
         yield Listener(announce=announce, on_step=on_step, on_log=on_log)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _is_shown(key: str) -> bool:

@@ -61,6 +61,11 @@ def _config(options: AdapterOptions, target: Target, **changed: float) -> DynLor
         "revival": options.revival,
         "compact": options.compact,
         "init_std": options.init_std,
+        "init": options.init,
+        "importance": options.importance,
+        "schedule": options.schedule,
+        "budget": options.budget,
+        "forget_pruned": options.forget_pruned,
     }
     return DynLoraConfig(**{**fields, **changed}, **shared_fields(options, target))
 
@@ -80,6 +85,7 @@ def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -
             start=first,
             stop=last,
             interval=config.prune_interval,
+            schedule=config.schedule,
         )
 
     return Adapted(

@@ -130,6 +130,7 @@ def build_model(
     kind, _, name = recipe.model.partition(":")
     model = offline_model(name) if kind == "offline" else recipe.model
     base = BaseModel(name=model, load=recipe.base, is_skeleton=is_skeleton)
+    base.config()  # a model that is not there is the first thing to say
     set_seed(recipe.seed)
     prepared: Prepared = recipe.family.prepare(recipe.options, data, base)
     _get_ready(prepared, recipe)
