@@ -271,7 +271,7 @@ def grouped(model):
 
 def test_each_parameter_stays_in_its_group_and_emptied_groups_do_no_harm():
     masked = run(grouped, compact=False, target_r=0.34)
-    model, optimizer, allocator, losses = run(grouped, target_r=0.34)
+    _, optimizer, allocator, losses = run(grouped, target_r=0.34)
     torch.testing.assert_close(losses, masked[3], rtol=1e-6, atol=0)
     assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in masked[1].param_groups]
     for i, gated in enumerate(allocator.layers):
