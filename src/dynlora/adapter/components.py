@@ -71,7 +71,11 @@ class GatedLayer:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The base model that holds the adapted layers, below all wrappers."""
+    """The base model that holds the adapted layers, below all wrappers.
+
+    Module names in configs are relative to it. A module that only contains an adapted model, such as a
+    SentenceTransformer or a LightningModule, counts as a wrapper.
+    """
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
@@ -81,8 +85,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
+        elif (inner := _adapted_inside(model)) is not None:
+            model = inner
         else:
             return model
+
+
+def _adapted_inside(model: nn.Module) -> nn.Module | None:
+    """The only adapted model inside one that knows of no adapter itself."""
+    holders = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(vars(m).get("peft_config"), dict)
+    ]
+    if not holders or holders[0][1] is model:
+        return None
+    first, holder = holders[0]
+    is_only = all(name.startswith(first + ".") for name, _ in holders[1:])
+    return holder if is_only else None
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:
