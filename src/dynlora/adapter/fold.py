@@ -109,9 +109,10 @@ def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         stop_waiting(gated.layer, adapter)
         if ranks[gated.name]:
             _install_(gated, *folded[gated.name])
+    base_model = unwrapped(model)
     for gated in layers:
         if ranks[gated.name] == 0:
-            _remove_(model, gated)
+            _remove_(base_model, gated)
     swap_config_(model, adapter, plain)
     return ranks
 
@@ -151,12 +152,12 @@ def _forget_gates_(layer: Any, adapter: str) -> None:
         layer.__class__ = layer.stock_class
 
 
-def _remove_(model: nn.Module, gated: GatedLayer) -> None:
+def _remove_(base_model: nn.Module, gated: GatedLayer) -> None:
     """Take a rank-0 adapter out of its layer, and the layer out of the model if it was the last.
 
     PEFT's ``delete_adapter`` would make another adapter active in this one layer only.
     """
-    layer, base_model = gated.layer, unwrapped(model)
+    layer = gated.layer
     entries = (*layer.adapter_layer_names, *layer.other_param_names)
     _forget_gates_(layer, gated.adapter)
     for name in entries:

@@ -101,12 +101,12 @@ def target_fields(
 def _targetable_names(model: nn.Module) -> list[str]:
     """Names that the base model's modules have without adapters."""
     names: list[str] = []
-    inside: tuple[str, ...] = ("\0",)  # prefixes of what lies below an adapted module
+    inside = "\0"  # prefix of what lies below the last adapted module, which comes right after it
     for name, module in unwrapped(model).named_modules():
         if name and not name.startswith(inside):
             names.append(name)
             if isinstance(module, lora.LoraLayer):
-                inside = (*inside, name + ".")
+                inside = name + "."
     return names
 
 
