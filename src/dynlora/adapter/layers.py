@@ -84,6 +84,7 @@ def _named_class(name: str, base: type, body: dict[str, Any]) -> Any:
 @contextmanager
 def _gate_in_weight(lora_a: Any) -> Iterator[None]:
     """Let ``lora_a.weight`` be c ⊙ weight, with gradient, for as long as the context lasts."""
+    parameters = dict(lora_a._parameters)  # their order is the order of the optimizer's state
     weight = lora_a._parameters.pop("weight")
     gate = lora_a.c.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
     lora_a.weight = weight * gate
@@ -91,7 +92,8 @@ def _gate_in_weight(lora_a: Any) -> Iterator[None]:
         yield
     finally:
         del lora_a.weight
-        lora_a._parameters["weight"] = weight
+        lora_a._parameters.clear()
+        lora_a._parameters.update(parameters)
 
 
 def is_gated(layer: lora.LoraLayer, adapter: str) -> bool:
