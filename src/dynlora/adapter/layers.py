@@ -44,6 +44,10 @@ def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
         def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
             if isinstance(self.lora_variant.get(adapter), EmbeddingGate):
                 return embedding_delta(self, adapter)
+            if is_dropped(self, adapter):  # torchao's merge asks for it all the same
+                shape = (self.out_features, self.in_features)
+                is_transposed = getattr(self, "fan_in_fan_out", False)
+                return self.lora_ema[adapter].new_zeros(shape[::-1] if is_transposed else shape)
             if not is_gated(self, adapter):
                 return cls.get_delta_weight(self, adapter, *args, **kwargs)
             with _gate_in_weight(self.lora_A[adapter]):
