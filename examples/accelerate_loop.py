@@ -52,4 +52,6 @@ for _ in range(options.epochs):
             optimizer.zero_grad()
 
 allocator.finalize_()
-accelerator.unwrap_model(model).save_pretrained(options.output, safe_serialization=True)
+accelerator.unwrap_model(model).save_pretrained(
+    options.output, is_main_process=accelerator.is_main_process
+)

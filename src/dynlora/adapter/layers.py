@@ -47,6 +47,10 @@ def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
         def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
             if isinstance(self.lora_variant.get(adapter), EmbeddingGate):
                 return embedding_delta(self, adapter)
+            if is_dropped(self, adapter):  # torchao's merge asks for it all the same
+                shape = (self.out_features, self.in_features)
+                is_transposed = getattr(self, "fan_in_fan_out", False)
+                return self.lora_ema[adapter].new_zeros(shape[::-1] if is_transposed else shape)
             if not is_gated(self, adapter):
                 return cls.get_delta_weight(self, adapter, *args, **kwargs)
             with _gate_in_weight(self.lora_A[adapter]):
@@ -96,6 +100,7 @@ def _named_class(name: str, base: type, body: dict[str, Any]) -> Any:
 @contextmanager
 def _gate_in_weight(lora_a: Any) -> Iterator[None]:
     """Let ``lora_a.weight`` be c ⊙ weight, with gradient, for as long as the context lasts."""
+    parameters = dict(lora_a._parameters)  # their order is the order of the optimizer's state
     weight = lora_a._parameters.pop("weight")
     gate = lora_a.c.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
     lora_a.weight = weight * gate
@@ -103,7 +108,8 @@ def _gate_in_weight(lora_a: Any) -> Iterator[None]:
         yield
     finally:
         del lora_a.weight
-        lora_a._parameters["weight"] = weight
+        lora_a._parameters.clear()
+        lora_a._parameters.update(parameters)
 
 
 def is_gated(layer: lora.LoraLayer, adapter: str) -> bool:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
@@ -18,6 +19,17 @@ from dynlora.adapter.patterns import with_one_component
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
     """Injects LoRA layers as LoraModel does, then gives each of them its gate."""
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Inject as PEFT does, unless target_modules name experts that are fused into one tensor.
+
+        Raises:
+            ValueError: a name means such experts; PEFT would silently leave them out.
+        """
+        _refuse_fused_experts(model, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -77,6 +89,28 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         raise ValueError(
             "add_weighted_adapter cannot combine DynLora adapters: it would ignore their gates. Call "
             "dynlora.finalize_(model, adapter) on each adapter first, then combine the plain LoRAs."
+        )
+
+
+def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
+    """PEFT's LoRA turns such names into ``target_parameters``; for other methods it leaves them out."""
+    named = config.target_modules
+    if not named or isinstance(named, str):
+        return
+    modules = dict(model.named_modules())
+    fused = [
+        f"{name}.{parameter}"
+        for name, module in modules.items()
+        if not isinstance(module, _ConvNd | BaseTunerLayer)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    ]
+    missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
+    if fused and missing:
+        raise ValueError(
+            f"target_modules={missing} match no module of {type(model).__name__}, whose experts are "
+            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Leave "
+            "these names out; attention and shared experts can be adapted."
         )
 
 
