@@ -147,7 +147,7 @@ def demo(
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
-    from dynlora.cli.demo import run_demo
+    from dynlora.cli.demo import demo as run_demo
 
     code = run_demo(
         debug=debug,
