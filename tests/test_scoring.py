@@ -141,7 +141,7 @@ def test_a_step_after_compaction_does_nothing_at_all():
 
 
 @pytest.mark.slow
-@pytest.mark.slow  # most of it is the injection of so many modules
+@pytest.mark.timeout(600)
 def test_ten_thousand_modules_are_scored_pruned_and_compacted():
     model = many(10_000, width=4, out=4, init_r=2, target_r=1)
     optimizer = adamw(model)

@@ -90,7 +90,8 @@ def target_fields(
     one_of = "|".join(re.escape(n) for n in alive)
     exact = {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **all_layers}
     targetable = _targetable_names(model)
-    wanted = [n for n in targetable if n in set(alive)]
+    living = set(alive)
+    wanted = [n for n in targetable if n in living]
     for fields in candidates:
         trial = LoraConfig(**fields)
         if [n for n in targetable if check_target_module_exists(trial, n)] == wanted:
@@ -101,7 +102,7 @@ def target_fields(
 def _targetable_names(model: nn.Module) -> list[str]:
     """Names that the base model's modules have without adapters."""
     names: list[str] = []
-    inside = "\0"  # prefix of what lies below the last adapted module, which comes right after it
+    inside = "\0"  # prefix of what lies below the adapted module seen last; its children follow it
     for name, module in unwrapped(model).named_modules():
         if name and not name.startswith(inside):
             names.append(name)
