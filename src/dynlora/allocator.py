@@ -13,12 +13,12 @@ from dynlora.adapter.components import find_config, find_gated_layers, is_traina
 from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
-from dynlora.adapter.sharding import sharded_like, whole
+from dynlora.adapter.sharding import add_gradient_, needs_full_gradient, scale_, whole
 from dynlora.compaction import UnknownStateError, compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
-from dynlora.stepping import is_inner_step
-
-STATE_VERSION = 1
+from dynlora.health import check_gradients, check_importance
+from dynlora.progress import STATE_VERSION, check_model, check_state
+from dynlora.stepping import attach, is_inner_step, loss_scale, steppable
 
 
 class RankAllocator:
@@ -81,13 +81,10 @@ class RankAllocator:
         self._has_seen_a_step = False
         self.history: list[dict[str, int]] = []
         self._cut: list[Tensor] = []  # live masks as the last prune event left them, for revivals
-        self.optimizer = _torch_optimizer(optimizer)
+        self.optimizer = steppable(optimizer)
         self._check_optimizer_holds_adapter()
         self._finder = DdpFinder(model)
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)
         for gated in self.layers:
             expect_step_of(self.optimizer, gated.layer, self.adapter)
 
@@ -165,31 +162,11 @@ class RankAllocator:
         """Continue a run whose model (with its buffers) and optimizer are already restored.
 
         Raises:
-            ValueError: the state is another version's or another plan's, or the model's scores were
-                not restored.
+            ValueError: the state is damaged, another version's or another plan's, or the model's
+                adapter was not restored.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"state has version {state.get('version')!r}, this dynlora reads {STATE_VERSION}: resume "
-                "with the version that wrote it."
-            )
-        for name, value in self._plan().items():
-            if state[name] != value:
-                raise ValueError(
-                    f"{name}={value!r} differs from the interrupted run's {state[name]!r}: the schedule "
-                    "would change under way. Resume with the same settings, or start a new run."
-                )
-        stored = sum(m.num_components for m in self.layers)
-        if not state["is_frozen"] and stored != state["num_components"]:
-            raise ValueError(
-                f"model holds {stored} components, the interrupted run had {state['num_components']}: "
-                "load the adapter weights of that run's checkpoint first."
-            )
-        if state["step"] and not any(bool(m.ema.any()) for m in self.layers):
-            raise ValueError(
-                "model holds no importance scores: load the checkpoint's adapter weights, with their "
-                "lora_ema buffers, before the allocator's state."
-            )
+        check_state(state, self._plan())
+        check_model(state, self.layers)
         self.step, self.is_frozen = state["step"], state["is_frozen"]
         self.start, self.stop = state["window"]
         self.num_components = state["num_components"]
@@ -205,7 +182,9 @@ class RankAllocator:
             "prune_end": self.config.prune_end,
             "prune_interval": self.config.prune_interval,
             "ema_beta": self.config.ema_beta,
+            "dem_weight": self.config.dem_weight,
             "revival": self.config.revival,
+            "modules": {m.name: m.scaling for m in self.layers},
         }
 
     def _checked_total_steps(self, total_steps: int | None) -> int:
@@ -223,6 +202,8 @@ class RankAllocator:
         return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
     def _check_optimizer_holds_adapter(self) -> None:
+        if not isinstance(self.optimizer, Optimizer):
+            return  # ZeRO's groups hold flat copies
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for gated in self.layers:
             if not gated.is_dropped and not {id(p) for p in gated.parameters} <= held:
@@ -235,29 +216,36 @@ class RankAllocator:
     # -- before the step: DEM -------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Add η·∂R to the gradients; with a closure, each time after it has computed them."""
+        """Check the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._add_dem_gradients(optimizer)
+            self._prepare_gradients(optimizer)
             return None
-        wrapped = _after_closure(closure, lambda: self._add_dem_gradients(optimizer))
+        wrapped = _after_closure(closure, lambda: self._prepare_gradients(optimizer))
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
     @torch.no_grad()
-    def _add_dem_gradients(self, optimizer: Optimizer) -> None:
+    def _prepare_gradients(self, optimizer: Optimizer) -> None:
+        if (
+            loss_scale(optimizer) == 1
+        ):  # else the optimizer looks for infinity itself and skips the step
+            check_gradients(self.layers, step=self.step + 1)
         if self.is_frozen or self.config.dem_weight == 0:
             return
-        factor = self.config.dem_weight / self.num_components
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside step()
-        if scale is not None:
-            factor *= float(scale)
+        factor = self.config.dem_weight / self.num_components * loss_scale(optimizer)
         for gated in self.layers:
             a, b, _ = gated.parameters
             for weight, rank_dim in ((a, 0), (b, 1)):
+                if needs_full_gradient(weight):
+                    full = whole(weight)
+                    penalty = torch.zeros_like(full)
+                    allocation.add_dem_gradient_(penalty, full, rank_dim=rank_dim, factor=factor)
+                    add_gradient_(weight, penalty)
+                    continue
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
                 allocation.add_dem_gradient_(weight.grad, weight, rank_dim=rank_dim, factor=factor)
@@ -302,8 +290,9 @@ class RankAllocator:
             modules = [self.layers[i] for i in indices]
             grams = [m.grams() for m in modules]
             grams_a, grams_b = (torch.stack(g) for g in zip(*grams, strict=True))
-            gates = torch.stack([whole(m.gate.detach()).to(grams_a.dtype) for m in modules])
+            gates = torch.stack([whole(m.gate).to(grams_a.dtype) for m in modules])
             importance = allocation.component_importance(grams_a, grams_b, gates)
+            check_importance([m.name for m in modules], list(importance), step=self.step)
             emas = [m.ema for m in modules]
             allocation.smooth_importance_(
                 emas,
@@ -317,7 +306,9 @@ class RankAllocator:
         if not self.config.revival:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
-        self._check_finite(scores)
+        check_importance(
+            [m.name for m in self.layers], [m.ema for m in self.layers], step=self.step
+        )
         keep = agreed(allocation.select_components(scores, self.budget))
         revived = 0
         for i, (gated, live) in enumerate(
@@ -330,20 +321,10 @@ class RankAllocator:
         self._hold_masks()
         self.history.append({"step": self.step, "budget": self.budget, "revived": revived})
 
-    def _check_finite(self, scores: Tensor) -> None:
-        if bool(torch.isfinite(scores).all()):
-            return
-        bad = [m.name for m in self.layers if not bool(torch.isfinite(m.ema).all())]
-        raise FloatingPointError(
-            f"NaN or infinite importance at step {self.step} in module {bad[0]!r} ({len(bad)} modules "
-            "in all): its adapter weights are not finite, and nothing is pruned by such scores. Lower "
-            "the learning rate, clip gradients, and resume from the last checkpoint."
-        )
-
     def _hold_masks(self) -> None:
         for gated in self.layers:
             if not gated.is_dropped:
-                gated.gate.mul_(sharded_like(gated.live, gated.gate))
+                scale_(gated.gate, gated.live.to(gated.gate.dtype))
 
     def freeze_(self) -> None:
         """Make the ranks final now: cut to the target budget and compact, whatever the step.
@@ -365,6 +346,8 @@ class RankAllocator:
         ddp = self._finder.ddp
         if not self.config.compact or (world_size() > 1 and not (ddp and can_rebuild(ddp))):
             return
+        if any(m.is_sharded for m in self.layers):
+            return
         try:
             compact_(self.layers, self.optimizer)
         except UnknownStateError as reason:
@@ -375,18 +358,6 @@ class RankAllocator:
         if ddp:
             rebuild_reducer_(ddp)
         swap_config_(self.model, self.adapter, ragged_config(self.model, self.config, self.layers))
-
-
-def _torch_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a wrapper such as accelerate's."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer={type(optimizer).__name__} must be a torch.optim.Optimizer, whose step hooks "
-            "drive the allocator; pass the inner torch optimizer."
-        )
-    return optimizer
 
 
 def _after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:

@@ -10,8 +10,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from dynlora.adapter.config import DynLoraConfig
+from dynlora.adapter.flat_shards import remember_flat_shards, unwrap_fsdp, without_wrappers
 from dynlora.adapter.layers import factors, is_dropped, is_gated
 from dynlora.adapter.sharding import is_sharded, whole
+from dynlora.adapter.zero import unwrap_engine
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class GatedLayer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds only a part of the factors (FSDP2)."""
+        """Whether each process holds only a part of the factors (FSDP, ZeRO)."""
         return not self.is_dropped and is_sharded(self.gate)
 
     @property
@@ -82,7 +84,7 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The base model that holds the adapted layers, below PeftModel, tuner, DDP and torch.compile."""
+    """The base model that holds the adapted layers, below PeftModel, tuner and all other wrappers."""
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
@@ -92,6 +94,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
+        elif (inner := unwrap_engine(unwrap_fsdp(model))) is not model:
+            model = inner
         else:
             return model
 
@@ -133,9 +137,14 @@ def find_config(model: nn.Module, adapter: str | None = None) -> tuple[str, DynL
 
 
 def find_gated_layers(model: nn.Module, adapter: str) -> list[GatedLayer]:
-    """The gated layers of ``adapter``, in module order, named as in the base model."""
+    """The gated layers of ``adapter``, in module order, named as in the base model.
+
+    Raises:
+        ValueError: FSDP1 hides the parameters (``use_orig_params=False``).
+    """
+    remember_flat_shards(model)
     return [
-        GatedLayer(name, module, adapter)
+        GatedLayer(without_wrappers(name), module, adapter)
         for name, module in unwrapped(model).named_modules()
         if isinstance(module, lora.LoraLayer)
         and (is_gated(module, adapter) or is_dropped(module, adapter))

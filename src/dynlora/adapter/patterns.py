@@ -16,6 +16,7 @@ from torch import nn
 
 from dynlora.adapter.components import GatedLayer, unwrapped
 from dynlora.adapter.config import DynLoraConfig, plain_lora_fields
+from dynlora.adapter.flat_shards import without_wrappers
 
 OUT_PROJECTION = ".base_layer.out_proj"
 """Where PEFT keeps the second half of MultiheadAttention, which no pattern can name."""
@@ -95,11 +96,12 @@ def _targetable_names(model: nn.Module) -> list[str]:
     """Names that the base model's modules have without adapters."""
     names: list[str] = []
     inside: tuple[str, ...] = ("\0",)  # prefixes of what lies below an adapted module
-    for name, module in unwrapped(model).named_modules():
-        if name and not name.startswith(inside):
+    for wrapped_name, module in unwrapped(model).named_modules():
+        name = without_wrappers(wrapped_name)
+        if name and not name.startswith(inside) and name not in names[-1:]:
             names.append(name)
-            if isinstance(module, lora.LoraLayer):
-                inside = (*inside, name + ".")
+        if isinstance(module, lora.LoraLayer):
+            inside = (*inside, name + ".")
     return names
 
 

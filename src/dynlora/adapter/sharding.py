@@ -1,21 +1,73 @@
-"""FSDP2 keeps parameters as DTensors, a shard on every process; these functions meet it halfway."""
+"""Parameters that are spread over several processes: one way to read, scale and push them.
 
+FSDP2 keeps DTensors, FSDP1 slices of flat tensors (``flat_shards.py``), DeepSpeed ZeRO fp32 copies inside
+its optimizer (``zero.py``). The rest of the package calls these functions and never asks which.
+"""
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dynlora.adapter.flat_shards import gather_flat, is_flat_shard, local_part
+from dynlora.adapter.zero import (
+    full_zero_gradient,
+    gather_zero,
+    is_zero_parameter,
+    scale_zero_,
+    set_zero_gradient_,
+)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process alone cannot change the shape of ``tensor``."""
+    return isinstance(tensor, DTensor) or is_flat_shard(tensor) or is_zero_parameter(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (a collective call), any other unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(mask: Tensor, tensor: Tensor) -> Tensor:
-    """``mask``, equal on every process, laid out as ``tensor`` is."""
     if isinstance(tensor, DTensor):
-        return distribute_tensor(mask, tensor.device_mesh, tensor.placements)
-    return mask
+        return tensor.full_tensor()
+    if is_flat_shard(tensor):
+        return gather_flat(tensor)
+    return gather_zero(tensor) if is_zero_parameter(tensor) else tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of ``tensor``."""
-    return isinstance(tensor, DTensor)
+@torch.no_grad()
+def scale_(parameter: Tensor, factor: Tensor) -> None:
+    """Multiply a parameter by ``factor``, full and equal on every process, in place."""
+    if isinstance(parameter, DTensor):
+        parameter.mul_(distribute_tensor(factor, parameter.device_mesh, parameter.placements))
+    elif is_flat_shard(parameter):
+        parameter.data.mul_(local_part(factor, parameter))
+    elif is_zero_parameter(parameter):
+        scale_zero_(parameter, factor)
+    else:
+        parameter.mul_(factor)
+
+
+@torch.no_grad()
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The gradient the next step will use: the local part under FSDP, the full one elsewhere."""
+    if is_zero_parameter(parameter):
+        return full_zero_gradient(parameter)
+    gradient = parameter.grad
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+@torch.no_grad()
+def add_gradient_(parameter: Tensor, full: Tensor) -> None:
+    """Add ``full``, equal on every process, to the gradient of a flat or ZeRO parameter."""
+    if is_zero_parameter(parameter):
+        present = full_zero_gradient(parameter)
+        set_zero_gradient_(parameter, full if present is None else present + full)
+        return
+    part = local_part(full, parameter)
+    if parameter.grad is not None:
+        parameter.grad.add_(part)
+    elif part.numel():
+        parameter.grad = part.clone()
+
+
+def needs_full_gradient(parameter: Tensor) -> bool:
+    """Whether a gradient must be computed on the full tensor and added with ``add_gradient_``."""
+    return is_flat_shard(parameter) or is_zero_parameter(parameter)
