@@ -349,8 +349,8 @@ def test_resuming_without_the_models_scores_is_refused():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"step": None}, "state holds step=None, which is no int"),
-        ({"step": True}, "state holds step=True, which is no int"),
+        ({"step": None}, "state holds step=None, no int"),
+        ({"step": True}, "state holds step=True, no int"),
         ({"step": 41}, "state is damaged: step=41 of 40"),
         ({"step": -1}, "state is damaged: step=-1 of 40"),
         ({"window": [9, 3]}, r"damaged: .* window=\[9, 3\]"),

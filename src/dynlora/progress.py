@@ -74,7 +74,7 @@ def _check_form(state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     for name, form in {**forms, "modules": dict}.items():
         if not isinstance(state.get(name), form) or (form is int and isinstance(state[name], bool)):
             raise ValueError(
-                f"state holds {name}={state.get(name)!r}, which is no {form.__name__}: the file is damaged. "
+                f"state holds {name}={state.get(name)!r}, no {form.__name__}: the file is damaged. "
                 "Resume from another checkpoint."
             )
     missing = sorted(plan.keys() - state.keys())

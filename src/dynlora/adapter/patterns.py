@@ -83,7 +83,7 @@ def target_fields(
     candidates.append({"target_modules": alive, "exclude_modules": dead or None, **all_layers})
     one_of = "|".join(re.escape(n) for n in alive)
     exact = {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **all_layers}
-    targetable = _targetable_names(model)
+    targetable = targetable_names(model)
     wanted = [n for n in targetable if n in set(alive)]
     for fields in candidates:
         trial = LoraConfig(**fields)
@@ -92,7 +92,7 @@ def target_fields(
     return exact
 
 
-def _targetable_names(model: nn.Module) -> list[str]:
+def targetable_names(model: nn.Module) -> list[str]:
     """Names that the base model's modules have without adapters."""
     names: list[str] = []
     inside: tuple[str, ...] = ("\0",)  # prefixes of what lies below an adapted module

@@ -7,8 +7,11 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
+from dynlora.adapter.adapter_file import check_tensors
+from dynlora.adapter.base_match import check_against_base, check_others
+from dynlora.adapter.components import unwrapped
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
 from dynlora.adapter.layers import attach_gate_
@@ -16,6 +19,30 @@ from dynlora.adapter.layers import attach_gate_
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
     """Injects LoRA layers as LoraModel does, then gives each of them its gate."""
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Inject as LoraModel does; an adapter from a folder is compared with the model before."""
+        config = self.peft_config[adapter_name]
+        stored = config.__dict__.pop("stored", None)
+        if stored is not None:
+            check_against_base(unwrapped(model), config, stored)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: DynLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        check_others(unwrapped(model), config, check_tensors(state_dict))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return remapped
 
     def _create_and_replace(
         self,
