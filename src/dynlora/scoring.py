@@ -15,7 +15,7 @@ from torch import Tensor
 from dynlora import allocation
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.config import DynLoraConfig
-from dynlora.adapter.sharding import is_sharded, whole
+from dynlora.adapter.sharding import add_gradient_, is_sharded, needs_full_gradient, whole
 
 STACK_BYTES = 1_000_000
 """Upper limit of a temporary. Below it, larger stacks were not measurably faster on a CPU."""
@@ -48,13 +48,13 @@ _FROM_GRAMS = {
 def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
     """Importance of every component from Gram matrices, one (rank,) tensor a module."""
     factors = [m.parameters for m in layers]
-    grams_a = gram_matrices([a.detach() for a, _, _ in factors], rank_dim=0)
-    grams_b = gram_matrices([b.detach() for _, b, _ in factors], rank_dim=1)
+    grams_a = gram_matrices([a for a, _, _ in factors], rank_dim=0)
+    grams_b = gram_matrices([b for _, b, _ in factors], rank_dim=1)
     found: list[Any] = [None] * len(layers)
     for rows in _groups(grams_a, lambda gram: (gram.shape[0], gram.dtype, gram.device)):
         gram_a = torch.stack([grams_a[i] for i in rows])
         gram_b = torch.stack([grams_b[i] for i in rows])
-        gates = torch.stack([whole(factors[i][2].detach()) for i in rows]).to(gram_a.dtype)
+        gates = torch.stack([whole(factors[i][2]).detach() for i in rows]).to(gram_a.dtype)
         scores = _FROM_GRAMS[importance](gram_a, gram_b, gates)
         for i, score in zip(rows, scores.unbind(), strict=True):
             found[i] = score
@@ -65,12 +65,12 @@ def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
 
 def _gate(gated: GatedLayer) -> Tensor:
     """|cᵢ|: free to compute, and the norm itself where all aᵢ and bᵢ are of one length."""
-    return whole(gated.gate.detach()).abs()
+    return whole(gated.gate).detach().abs()
 
 
 def _sensitivity(gated: GatedLayer) -> Tensor:
     """|cᵢ ∂L/∂cᵢ| with the gradient of the step just made; 0 where the gate received none."""
-    c = whole(gated.gate.detach())
+    c = whole(gated.gate).detach()
     if gated.gate.grad is None:
         return torch.zeros_like(c)
     return allocation.component_sensitivity(c, whole(gated.gate.grad))
@@ -124,17 +124,24 @@ def _gram(factor: Tensor, rank_dim: int) -> Tensor:
 
 @torch.no_grad()
 def add_dem_gradients_(
-    layers: Sequence[GatedLayer], *, factor: float, grad_scale: Tensor | None = None
+    layers: Sequence[GatedLayer], *, factor: float, grad_scale: Tensor | float | None = None
 ) -> None:
     """Add the gradient of ``factor`` · Σᵢ (Var(aᵢ) + Var(bᵢ)) to the layers' gradients, in place (Eq. 10).
 
     Args:
         layers: the gated layers of a model, none of them dropped.
         factor: η/n.
-        grad_scale: what the gradients are multiplied by, on their device; None for 1.
+        grad_scale: what the gradients are multiplied by, a tensor on their device; None for 1.
     """
     for rank_dim in (0, 1):
+        options: dict[str, Any] = {"rank_dim": rank_dim, "factor": factor, "grad_scale": grad_scale}
         weights = [m.parameters[rank_dim] for m in layers]
+        for weight in [w for w in weights if needs_full_gradient(w)]:
+            full = whole(weight).detach()
+            penalty = torch.zeros_like(full)
+            allocation.add_dem_gradients_([penalty], [full], **options)
+            add_gradient_(weight, penalty)
+        weights = [w for w in weights if not needs_full_gradient(w)]
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -142,9 +149,7 @@ def add_dem_gradients_(
             allocation.add_dem_gradients_(
                 [weights[i].grad for i in rows],  # type: ignore[misc]  # set above
                 [weights[i].detach() for i in rows],
-                rank_dim=rank_dim,
-                factor=factor,
-                grad_scale=grad_scale,
+                **options,
             )
 
 

@@ -34,7 +34,7 @@ def fold(layer: GatedLayer) -> tuple[Tensor, Tensor]:
     no longer 0, and leaving it out would change the function. Folding is done in fp32 at least and
     returned in the factors' own dtype.
     """
-    a, b, c = (whole(p.detach()) for p in layer.parameters)
+    a, b, c = (whole(p).detach() for p in layer.parameters)
     return fold_factors(a, b, c, scaling=layer.scaling)
 
 
@@ -92,15 +92,15 @@ def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         Live rank by module name, zeros included.
 
     Raises:
-        ValueError: there is no such adapter, none of its components is alive, or FSDP shards it.
+        ValueError: there is no such adapter, none of its components is alive, or FSDP or ZeRO shards it.
     """
     adapter, config = find_config(model, adapter)
     layers = find_gated_layers(model, adapter)
     if any(m.is_sharded for m in layers):
         raise ValueError(
-            f"adapter={adapter!r} is sharded over several processes (FSDP) and cannot change its shapes "
-            "in place. Call export_lora(model, folder) on every process: it gathers the adapter and the "
-            "first process writes the plain LoRA."
+            f"adapter={adapter!r} is sharded over several processes (FSDP, ZeRO) and cannot change its "
+            "shapes in place. Call export_lora(model, folder) on every process: it gathers the adapter and "
+            "the first process writes the plain LoRA."
         )
     folded = fold_all(layers)
     ranks = {m.name: folded[m.name][0].shape[0] if m.name in folded else 0 for m in layers}

@@ -39,7 +39,7 @@ def add_dem_gradients_(
     *,
     rank_dim: int,
     factor: float,
-    grad_scale: Tensor | None = None,
+    grad_scale: Tensor | float | None = None,
 ) -> None:
     """Add the gradient of ``factor`` · Σᵢ Var(wᵢ) to the gradients of equally shaped weights, in place.
 
