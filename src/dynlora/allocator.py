@@ -16,7 +16,7 @@ from dynlora.adapter.patterns import ragged_config
 from dynlora.adapter.sharding import laid_out, needs_full_gradient, scale_all_
 from dynlora.compaction import compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
-from dynlora.health import check_gradients, check_importance
+from dynlora.health import can_look, check_gradients, check_importance
 from dynlora.measures import component_sizes, prune_event
 from dynlora.moments import forget_pruned_
 from dynlora.optimizer_state import CannotShrinkError
@@ -301,7 +301,9 @@ class RankAllocator:
 
     def _prepare_gradients(self, optimizer: Any) -> None:
         scale = loss_scale(optimizer)
-        if scale is None and self._can_look:  # a scaled step is checked, and skipped, by its scaler
+        if scale is None and can_look(
+            self.layers
+        ):  # a scaled step is checked, and skipped, by its scaler
             check_gradients(self.layers, step=self.step + 1)
         if self.is_frozen or self.config.dem_weight == 0:
             return
@@ -330,9 +332,7 @@ class RankAllocator:
             for gated in self.layers:
                 stop_waiting(gated.layer, self.adapter)
         if not self.is_frozen:
-            self.score(self.layers)
-            if self._can_look:
-                self._check_importance()
+            self.score(self.layers, self.step)
             if allocation.is_prune_step(
                 self.step, start=self.start, stop=self.stop, interval=self.config.prune_interval
             ):
@@ -348,7 +348,8 @@ class RankAllocator:
         if not self.config.revival:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
-        self._check_importance()
+        names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
+        check_importance(names, emas, step=self.step)
         keep = allocation.select_components(scores, self.budget)
         if self.config.budget == "parameters":
             keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
@@ -362,15 +363,6 @@ class RankAllocator:
         if self.config.forget_pruned:
             forget_pruned_(self.layers, self.optimizer)
         self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
-
-    def _check_importance(self) -> None:
-        names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
-        check_importance(names, emas, step=self.step)
-
-    @property
-    def _can_look(self) -> bool:
-        """Whether reading a number costs nothing; on an accelerator it would wait for the step's end."""
-        return self.layers[0].ema.device.type == "cpu"
 
     def _note_masks(self) -> None:
         """Remember whose gates to hold at 0, so that no step has to ask the device."""
