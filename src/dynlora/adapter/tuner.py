@@ -8,9 +8,12 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dynlora.adapter.adapter_file import check_tensors
+from dynlora.adapter.base_match import check_against_base, check_others
+from dynlora.adapter.components import unwrapped
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
 from dynlora.adapter.layers import attach_gate_, resize_
@@ -23,13 +26,32 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Inject as PEFT does, unless target_modules name experts that are fused into one tensor.
+        """Inject as PEFT does; an adapter from a folder is compared with the model before.
 
         Raises:
-            ValueError: a name means such experts; PEFT would silently leave them out.
+            ValueError: ``target_modules`` names experts that are fused into one tensor, which PEFT would
+                silently leave out, or the stored adapter does not fit the model.
         """
-        _refuse_fused_experts(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        _refuse_fused_experts(model, config)
+        stored = config.__dict__.pop("stored", None)
+        if stored is not None:
+            check_against_base(unwrapped(model), config, stored)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: DynLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        check_others(unwrapped(model), config, check_tensors(state_dict))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return remapped
 
     def _create_and_replace(
         self,
@@ -67,7 +89,12 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         for lora_layer in inner:  # MultiheadAttention hides a second one in its out_proj
             lora_layer.is_half_of_attention = isinstance(layer, lora.MultiheadAttention)
             gate = attach_gate_(
-                lora_layer, adapter_name, identity=identity, init_std=lora_config.init_std
+                lora_layer,
+                adapter_name,
+                identity=identity,
+                init_std=lora_config.init_std,
+                init=lora_config.init,
+                fused=lora_config.fused,
             )
             gate.requires_grad_(trained)
             if is_empty:

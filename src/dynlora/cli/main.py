@@ -11,12 +11,17 @@ except ModuleNotFoundError as missing:
         f"dynlora: the command line needs {missing.name}; pip install 'dynlora[cli]'"
     ) from None
 
+from dynlora.cli import assets
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(assets.app, name="assets")
 
 
 def main() -> None:
@@ -40,6 +45,51 @@ def root(
 
         typer.echo(f"dynlora {__version__}")
         raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Check, count and print; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on from the last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace an earlier run.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.")
+    ] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON object a line.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a recipe says; any of its fields by --field value.
+
+    For instance: dynlora train recipes/paper/roberta-base/cola.yaml
+    --method lora --seed 3 --training.learning_rate 1e-3
+
+    Ctrl-C saves a checkpoint. Exit code: 0 done, 1 failed, 2 a mistake in
+    recipe or data, 130 stopped by Ctrl-C.
+    """
+    from dynlora.cli.train import train as run_train
+
+    code = run_train(
+        recipe,
+        context.args,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+        output="json" if json_lines else "quiet" if quiet else "terminal",
+        debug=debug,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -97,7 +147,7 @@ def demo(
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
-    from dynlora.cli.demo import run_demo
+    from dynlora.cli.demo import demo as run_demo
 
     code = run_demo(
         debug=debug,
