@@ -60,7 +60,9 @@ def _row(suite: Suite, results: Mapping[str, Result], task: str, method: str) ->
     row |= {"learning_rate": chosen_rate(suite, results, task, method), "seeds": sorted(found)}
     scale = _scale(suite, task)
     for kind in KINDS:
-        values = [scale * r["reported"][kind] for r in found.values() if r["reported"][kind] is not None]
+        values = [
+            scale * r["reported"][kind] for r in found.values() if r["reported"][kind] is not None
+        ]
         mean, deviation = spread(values) if values else (None, None)
         row |= {kind: mean, f"{kind}_std": deviation}
     differences = _differences(suite, results, task, method)

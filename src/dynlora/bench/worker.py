@@ -78,9 +78,7 @@ class Bench:
         """Cells that are wanted and not finished."""
         wanted = wanted_cells(self.suite, results)
         return [
-            c
-            for c in wanted
-            if c.key not in results and (self.only is None or c.key in self.only)
+            c for c in wanted if c.key not in results and (self.only is None or c.key in self.only)
         ]
 
 
@@ -168,9 +166,7 @@ def _run_claimed(
         listener.on_end(cell, result, time.perf_counter() - began)
 
 
-def _outcome(
-    bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int
-) -> Result | None:
+def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) -> Result | None:
     """The result of the cell's process; None if it was stopped or died and may be tried again."""
     with tempfile.TemporaryDirectory(dir=bench.folder / WORK, prefix="cell-") as scratch:
         place = Path(scratch)
