@@ -11,12 +11,17 @@ except ModuleNotFoundError as missing:
         f"dynlora: the command line needs {missing.name}; pip install 'dynlora[cli]'"
     ) from None
 
+from dynlora.cli import assets
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(assets.app, name="assets")
 
 
 def main() -> None:
@@ -212,7 +217,7 @@ def demo(
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
-    from dynlora.cli.demo import run_demo
+    from dynlora.cli.demo import demo as run_demo
 
     code = run_demo(
         debug=debug,

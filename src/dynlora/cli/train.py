@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import yaml
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from dynlora.cli.progress import is_shown, progress
 from dynlora.cli.terminal import (
     FAILED,
     INTERRUPTED,
@@ -108,7 +108,7 @@ def result_view(recipe: Recipe, record: Mapping[str, Any]) -> RenderableType:
     for name in ("without a model", "before", "after"):
         table.add_column(name, justify="right")
     for key, value in record["metrics"].items():
-        if not key.endswith(("runtime", "_per_second")):
+        if is_shown(key):
             name = key.removeprefix("eval_")
             plain = record["baselines"].get(name.rpartition("_")[2], record["baselines"].get(name))
             table.add_row(name, _number(plain), _number(before.get(key)), _number(value))
@@ -136,46 +136,8 @@ def _listener(output: Output) -> Iterator[Listener]:
             on_log=lambda step, logs: _print_json({"event": "log", "step": step, **logs}),
         )
     else:
-        with _progress() as listener:
+        with progress(Console(stderr=True)) as listener:
             yield listener
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Listener]:
-    """A line a stage, and a bar with what is left, the loss and the mean rank."""
-    console = Console(stderr=True)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[live]}"), console=console, transient=True)
-    task = bar.add_task("training", visible=False, live="")
-    live: dict[str, str] = {}
-
-    def announce(line: str) -> None:
-        bar.update(task, visible=False)
-        bar.console.print(line, style="dim", highlight=False)
-
-    def on_step(done: int, total: int, rank: float | None) -> None:
-        bar.start()  # not before: an empty bar leaves an empty line
-        if rank is not None:
-            live["rank"] = f"rank {rank:.2f}"
-        bar.update(task, completed=done, total=total, visible=True, live=" ".join(live.values()))
-
-    def on_log(step: int, logs: Mapping[str, Any]) -> None:
-        if "loss" in logs:
-            live["loss"] = f"loss {float(logs['loss']):.3f}"
-        measured = {k: v for k, v in logs.items() if k.startswith("eval_")}
-        shown = [f"{k.removeprefix('eval_')} {v:.4f}" for k, v in measured.items() if _is_shown(k)]
-        if shown:
-            bar.console.print(f"step {step}: {', '.join(shown)}", style="dim", highlight=False)
-
-    try:
-        yield Listener(announce=announce, on_step=on_step, on_log=on_log)
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-
-
-def _is_shown(key: str) -> bool:
-    return not key.endswith(("runtime", "_per_second"))
 
 
 def _way_on(path: Path, overrides: Sequence[str], stopped: Interrupted) -> str:

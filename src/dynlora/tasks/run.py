@@ -76,13 +76,8 @@ def run(
     listener.announce(rows_line(recipe, data))
     prepared, adapted = build_model(recipe, data)
     arguments = training_arguments(recipe)
-    if resume and not adapted.can_resume:
-        raise RecipeError(f"--resume: method {recipe.method!r} cannot go on from a checkpoint.")
-    if arguments.load_best_model_at_end and not adapted.can_resume:
-        raise RecipeError(
-            f"training.load_best_model_at_end cannot be used with method {recipe.method!r}, whose "
-            "checkpoints do not load; set it to false (run.json names the best evaluation)."
-        )
+    if not adapted.can_resume:
+        _need_no_checkpoint(recipe, resume=resume)
     stop = StopOnInterrupt(can_resume=adapted.can_resume)
     tell = TellListener(listener, adapted.ranks)
     trainer = make_trainer(recipe, prepared, adapted, arguments, [tell, stop])
@@ -153,6 +148,17 @@ def _place(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[str | None
         return checkpoint_to_resume(recipe.output, recipe.to_dict())
     claim_folder(recipe.output, overwrite=overwrite)
     return None, {}
+
+
+def _need_no_checkpoint(recipe: Recipe, *, resume: bool) -> None:
+    """Refuse what would load a checkpoint of a method whose checkpoints do not load."""
+    if resume:
+        raise RecipeError(f"--resume: method {recipe.method!r} cannot go on from a checkpoint.")
+    if recipe.training.get("load_best_model_at_end"):
+        raise RecipeError(
+            f"training.load_best_model_at_end cannot be used with method {recipe.method!r}, whose "
+            "checkpoints do not load; set it to false (run.json names the best evaluation)."
+        )
 
 
 def _get_ready(prepared: Prepared, recipe: Recipe) -> None:
