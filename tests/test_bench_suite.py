@@ -1,5 +1,7 @@
 """Suites: what they make of recipes, what they refuse, and results folders that belong to them."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -49,10 +51,12 @@ def test_a_cells_recipe_is_defaults_then_task_then_method_then_cell(tmp_path):
 
 def test_a_task_may_start_from_a_recipe_file(tmp_path):
     recipe = {"task": "text-classification", "model": "from/file", "method": "full", "output": "x"}
+    recipe |= {"data": {"name": "f.csv", "split_seed": 5}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf8")
     suite = read_suite(written(tmp_path, tasks={"t": {"recipe": "r.yaml"}}))
     made = recipe_from(suite.recipe(cell("t", "lora", 0.01, 0), tmp_path / "out"))
-    assert (made.model, made.method, made.output) == ("from/file", "lora", tmp_path / "out")
+    assert (made.method, made.output, made.data.split_seed) == ("lora", tmp_path / "out", 5)
+    assert (made.model, made.data.name) == ("some/model", "d.csv")  # defaults lie over the file
 
 
 @pytest.mark.parametrize(
@@ -126,3 +130,45 @@ def test_the_quick_suite_is_the_same_every_time(tmp_path):
     weights = (tmp_path / "tiny-bert" / "model.safetensors").read_bytes()
     assert quick_suite(tmp_path) == first
     assert (tmp_path / "tiny-bert" / "model.safetensors").read_bytes() == weights
+
+
+SUITES = sorted((Path(__file__).parent.parent / "suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
+def test_every_suite_that_we_ship_can_run(path):
+    suite = read_suite(path)
+    assert suite.name == path.stem
+    for method, values in suite.published.get("values", {}).items():
+        assert method in suite.methods
+        assert set(values) <= set(suite.tasks)
+
+
+AVERAGES = {
+    "paper-glue": {"full": 85.41, "bitfit": 84.91, "houlsby": 85.30, "pfeiffer": 85.40,
+                   "lora": 85.50, "adalora": 85.93, "dynlora": 86.38},
+    "paper-glue-r8": {"full": 85.41, "bitfit": 84.91, "houlsby": 85.88, "pfeiffer": 86.03,
+                      "lora": 86.13, "adalora": 86.38, "dynlora": 86.97},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_the_published_numbers_have_the_published_averages(name):
+    values = read_suite(Path(__file__).parent.parent / "suites" / f"{name}.yaml").published[
+        "values"
+    ]
+    for method, average in AVERAGES[name].items():
+        row = values[method].values()
+        assert sum(row) / len(row) == pytest.approx(average, abs=0.011)
+
+
+def test_the_papers_rates_lie_inside_the_sweep_of_their_task():
+    for path in SUITES:
+        if path.stem.startswith("paper"):
+            suite = read_suite(path)
+            for task, values in suite.tasks.items():
+                theirs = values["training"]["learning_rate"]
+                rates = suite.rates(task, next(iter(suite.methods)))
+                factor = next(iter(suite.methods.values())).get("rate_factor", 1)
+                assert min(rates) < theirs * factor < max(rates)
+                assert any(r == pytest.approx(theirs * factor, rel=1e-3) for r in rates)

@@ -14,6 +14,7 @@ from dynlora.bench.text_tables import (
     cost_table,
     difference_table,
     provenance_text,
+    published_source,
     ranking_text,
     score_table,
     standing,
@@ -77,7 +78,7 @@ def as_html(summary: Mapping[str, Any]) -> str:
     plain = [[cell.replace("**", "") for cell in row] for row in rows]
     with mpl.rc_context(STYLE):
         sections = [
-            ("Scores after the last epoch", "", "", *score_table(summary)),
+            ("Scores after the last epoch", published_source(summary), "", *score_table(summary)),
             (
                 f"Difference to {base}",
                 "Mean over seeds and 95 % bootstrap interval; right of the line is better.",

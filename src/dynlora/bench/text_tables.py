@@ -59,6 +59,7 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
         "## Scores after the last epoch",
         f"Mean ± standard deviation over seeds (number of seeds where not {len(summary['seeds'])}). "
         f"The learning rate was chosen on the set `{summary['select']}`, which is not the one shown.",
+        published_source(summary),
         markdown_table(*score_table(summary)),
         f"## Difference to {summary['baseline']}",
         "Seed by seed, positive is better; in brackets the 95 % bootstrap interval of the mean over "
@@ -109,6 +110,12 @@ def standing(summary: Mapping[str, Any]) -> str:
         listed = "; ".join(f"`{key}`: {error}" for key, error in cells["failures"].items())
         text += f". {cells['failed']} failed ({listed})"
     return text + "."
+
+
+def published_source(summary: Mapping[str, Any]) -> str:
+    """Where the published numbers are from; "" without any."""
+    source = summary["published"].get("source")
+    return f"Published: {source}." if source else ""
 
 
 def score_table(
