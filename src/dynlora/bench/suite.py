@@ -42,7 +42,8 @@ class Suite:
     Attributes:
         name: of the suite and of its results folder.
         tasks: task name to the fields of its recipe, beside ``recipe`` (a file that ``defaults`` and
-            these fields are laid over, relative to the suite's), ``learning_rates``, ``report`` and ``scale``, which override the suite's.
+            these fields are laid over, relative to the suite's), ``learning_rates``, ``report`` and
+            ``scale``, which override the suite's.
         methods: method name to the recipe fields that make it (``method``, ``adapter``), beside
             ``rate_factor``: its learning rates are the suite's times this.
         learning_rates: the sweep, the same for every method.

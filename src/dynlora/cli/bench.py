@@ -221,7 +221,7 @@ def _standing(suite: Suite, results: Mapping[str, Result], task: str, method: st
     rate = chosen_rate(suite, results, task, method)
     at = [r for r in mine if r["status"] == DONE and r["cell"]["learning_rate"] == rate]
     failed = sum(r["status"] == FAILED for r in mine)
-    text = f"{len(mine)} cells"
+    text = f"{len(mine)} cell{'s' if len(mine) > 1 else ''}"
     if at:
         mean = scale * sum(r["selected"]["final"] for r in at) / len(at)
         text = f"{mean:.1f} at {rate:g}, {text}"
