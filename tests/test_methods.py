@@ -77,6 +77,21 @@ def test_methods_of_one_budget_have_about_the_parameters_of_lora_at_that_rank():
         assert sum(adapted(method).ranks().values()) == 3 * 13
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("importance", "norm"),
+        ("schedule", "fast-slow"),
+        ("init", "lora"),
+        ("budget", "parameters"),
+        ("forget_pruned", True),
+    ],
+)
+def test_the_options_of_a_recipe_reach_the_config(field, value):
+    config = adapted("dynlora", AdapterOptions(**{field: value})).model.peft_config["default"]
+    assert getattr(config, field) == value
+
+
 def test_bitfit_trains_biases_alone():
     made = adapted("bitfit")
     trained = [n for n, p in made.model.named_parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ import torch
 from dynlora.bench.results import DONE, Result, write_json
 from dynlora.tasks.recipe import Recipe, recipe_from
 from dynlora.tasks.run import run
+from dynlora.tasks.run_files import read_run
 
 KEPT = ("steps", "budget", "ranks", "train_s", "versions", "commit", "machine", "baselines")
 
@@ -26,7 +27,8 @@ def main(spec_path: Path) -> None:
     spec = json.loads(spec_path.read_text(encoding="utf8"))
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recipe = recipe_from(spec["recipe"])
-    record = run(recipe).record
+    run(recipe)
+    record = read_run(recipe.output)
     result = cell_result(recipe, record, select=spec["select"], report=spec["report"])
     result |= {"started": started, "peak_memory_bytes": _peak_memory_bytes()}
     write_json(Path(spec["result"]), {**result, "cell": spec["cell"], "command": spec["command"]})

@@ -77,7 +77,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=".new-", delete=False, encoding="utf8"
     ) as file:
-        json.dump(content, file, indent=1, sort_keys=True)
+        json.dump(content, file, indent=1)
         file.write("\n")
     temporary = Path(file.name)
     temporary.chmod(0o644)

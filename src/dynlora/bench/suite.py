@@ -41,8 +41,9 @@ class Suite:
 
     Attributes:
         name: of the suite and of its results folder.
-        tasks: task name to the fields of its recipe, beside ``recipe`` (a file to start from, relative
-            to the suite's), ``learning_rates``, ``report`` and ``scale``, which override the suite's.
+        tasks: task name to the fields of its recipe, beside ``recipe`` (a file that ``defaults`` and
+            these fields are laid over, relative to the suite's), ``learning_rates``, ``report`` and
+            ``scale``, which override the suite's.
         methods: method name to the recipe fields that make it (``method``, ``adapter``), beside
             ``rate_factor``: its learning rates are the suite's times this.
         learning_rates: the sweep, the same for every method.
@@ -140,7 +141,7 @@ def read_suite(path: Path) -> Suite:
 def suite_from(values: Mapping[str, Any], *, folder: Path = Path()) -> Suite:
     """The suite in plain values; files that tasks name are looked for in ``folder``."""
     suite = build(Suite, values)
-    tasks = {name: _with_file(name, task, folder) for name, task in suite.tasks.items()}
+    tasks = {name: _with_file(suite, name, folder) for name in suite.tasks}
     return dataclasses.replace(suite, tasks=tasks)
 
 
@@ -185,8 +186,9 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def _with_file(name: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A task with the recipe file that it names read in."""
+def _with_file(suite: Suite, name: str, folder: Path) -> dict[str, Any]:
+    """A task with the recipe file that it names read in, below the suite's defaults."""
+    task = suite.tasks[name]
     if "recipe" not in task:
         return dict(task)
     path = folder / task["recipe"]
@@ -194,5 +196,6 @@ def _with_file(name: str, task: Mapping[str, Any], folder: Path) -> dict[str, An
         values = yaml.safe_load(path.read_text(encoding="utf8"))
     except (OSError, yaml.YAMLError) as error:
         raise RecipeError(f"task {name!r}: recipe {str(path)!r} cannot be read: {error}") from error
+    below = {k: v for k, v in values.items() if k not in ("output", "seed", "method")}
     own = {k: v for k, v in task.items() if k != "recipe"}
-    return merged({k: v for k, v in values.items() if k not in ("output", "seed", "method")}, own)
+    return merged(merged(below, suite.defaults), own)
