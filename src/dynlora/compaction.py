@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora.adapter.components import GatedLayer
-from dynlora.adapter.layers import can_drop, drop_, note_rank_, set_factors_
+from dynlora.adapter.layers import can_drop, drop_, dropped_parameters, note_rank_, set_factors_
 
 _RANK_DIMS = (0, 1, 0)  # where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components
 
@@ -58,6 +58,17 @@ def compact_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
         else:
             note_rank_(gated.layer, gated.adapter, rank)
     _swap_in_optimizer_(optimizer, swaps, gone)
+
+
+def release_dropped_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
+    """Take the parameters of dropped modules out of the optimizer, as compaction would have done.
+
+    A checkpoint from after the freeze, loaded into a model that an optimizer already holds, drops modules
+    of rank 0; the optimizer's own state fits only without them.
+    """
+    gone = {id(p) for m in layers for p in dropped_parameters(m.layer, m.adapter)}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 def _cut_parameter(old: nn.Parameter, keep: Tensor, dim: int) -> nn.Parameter:
