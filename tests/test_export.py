@@ -172,6 +172,14 @@ def test_verify_reports_the_difference_of_outputs(llama, tmp_path):
         assert done.max_difference <= 1e-5
 
 
+def test_configs_hold_no_field_that_older_pefts_would_warn_about(llama, tmp_path):
+    """What PEFT 0.20 does not know is at its default, so it is left out; servers' fields stay."""
+    folder, _ = exported(llama, tmp_path, to="uniform")
+    config = consumers.config_of(folder)
+    assert not {"kasa_config", "velora_config", "monteclora_config", "peft_version"} & set(config)
+    assert {"r", "lora_alpha", "target_modules", "bias", "use_rslora", "peft_type"} <= set(config)
+
+
 # -- merged --------------------------------------------------------------------------------------
 
 
