@@ -1,23 +1,16 @@
-"""Labelled texts: reading, refusing, splitting; tokenising; head; accuracy."""
+"""Labelled texts: reading, refusing, splitting."""
 
 import gzip
 
-import numpy as np
 import pytest
-from transformers import DistilBertConfig, DistilBertModel, EvalPrediction
 
 from dynlora.tasks.labelled_texts import (
     Example,
     LabelledTexts,
-    accuracy,
     hold_out,
-    majority_share,
     read_labelled_texts,
-    sequence_classifier,
     shipped_sample,
-    tokenised,
 )
-from tiny_classifier import save_encoder, tiny_tokenizer
 
 
 def csv_file(tmp_path, content, name="texts.csv"):
@@ -37,7 +30,6 @@ def examples(**count_of_label):
 def test_shipped_sample_reads():
     texts = shipped_sample()
     assert (len(texts.train), len(texts.test), len(texts.labels)) == (8000, 1000, 26)
-    assert majority_share(texts) == 0.144
 
 
 def test_split_column_is_followed(tmp_path):
@@ -107,47 +99,3 @@ def test_a_missing_file_and_a_false_gzip_are_refused(tmp_path):
         read_labelled_texts(tmp_path / "absent.csv")
     with pytest.raises(ValueError, match="cannot be read as CSV: Not a gzipped file"):
         read_labelled_texts(csv_file(tmp_path, "text,label\n", "plain.csv.gz"))
-
-
-def test_majority_is_that_of_the_training_rows():
-    train = (*examples(x=3, y=2),)
-    assert majority_share(LabelledTexts(labels=("x", "y"), train=train, test=train[2:])) == 1 / 3
-
-
-def test_tokens_are_unpadded_cut_and_numbered():
-    rows = [Example(text="good film", label="pos"), Example(text="bad " * 99, label="neg")]
-    tokens = tokenised(rows, labels=("neg", "pos"), tokenizer=tiny_tokenizer())
-    assert tokens[0]["input_ids"] == [2, 4, 9, 3]
-    assert len(tokens[1]["input_ids"]) == 32
-    assert tokens["labels"] == [1, 0]
-
-
-def test_accuracy_is_the_share_of_right_answers():
-    logits = np.array([[0.1, 0.9], [2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
-    prediction = EvalPrediction(predictions=logits, label_ids=np.array([1, 0, 0, 0]))
-    assert accuracy(prediction) == {"accuracy": 0.75}
-
-
-def test_classifier_names_its_labels_and_its_new_modules(tmp_path):
-    folder = save_encoder(tmp_path)
-    model, new = sequence_classifier(folder, labels=("a", "b", "c"), tokenizer=tiny_tokenizer())
-    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert model.classifier.out_features == 3
-    assert new == ["classifier"]
-
-
-def test_all_new_modules_of_a_head_are_found(tmp_path):
-    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
-    folder = save_encoder(tmp_path, DistilBertConfig, DistilBertModel, **sizes)
-    _, new = sequence_classifier(folder, labels=("a", "b"), tokenizer=tiny_tokenizer())
-    assert new == ["classifier", "pre_classifier"]
-
-
-def test_a_head_for_other_labels_counts_as_new(tmp_path):
-    folder, tokenizer = save_encoder(tmp_path / "encoder"), tiny_tokenizer()
-    model, _ = sequence_classifier(folder, labels=("a", "b"), tokenizer=tokenizer)
-    model.save_pretrained(tmp_path / "trained")
-    same, three = (("a", "b"), ("a", "b", "c"))
-    trained = str(tmp_path / "trained")
-    assert sequence_classifier(trained, labels=same, tokenizer=tokenizer)[1] == []
-    assert sequence_classifier(trained, labels=three, tokenizer=tokenizer)[1] == ["classifier"]

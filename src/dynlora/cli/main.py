@@ -11,6 +11,7 @@ except ModuleNotFoundError as missing:
         f"dynlora: the command line needs {missing.name}; pip install 'dynlora[cli]'"
     ) from None
 
+from dynlora.cli import assets
 from dynlora.cli.look_options import register
 
 app = typer.Typer(
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(assets.app, name="assets")
 
 
 def main() -> None:
@@ -143,7 +147,7 @@ def demo(
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
-    from dynlora.cli.demo import run_demo
+    from dynlora.cli.demo import demo as run_demo
 
     code = run_demo(
         debug=debug,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any, Literal
 
 import yaml
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from dynlora.cli.progress import is_shown, progress
 from dynlora.cli.terminal import (
     FAILED,
     INTERRUPTED,
@@ -27,7 +28,6 @@ from dynlora.tasks.plan import Plan, plan
 from dynlora.tasks.progress import Listener
 from dynlora.tasks.recipe import Recipe, read_recipe
 from dynlora.tasks.run import run
-from dynlora.tasks.typed_fields import RecipeError
 
 Output = Literal["terminal", "quiet", "json"]
 EVENTS_SHOWN = 6  # prunings of a schedule, in a plan for people
@@ -54,7 +54,7 @@ def train(
                 result = run(recipe, resume=resume, overwrite=overwrite, listener=listener)
             if result.trainer.is_world_process_zero():
                 _show_result(recipe, result.record, output)
-    except (RecipeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return report_error(error, code=USER_MISTAKE, debug=debug)
     except FloatingPointError as error:
         return report_error(error, code=FAILED, debug=debug)
@@ -109,7 +109,7 @@ def result_view(recipe: Recipe, record: Mapping[str, Any]) -> RenderableType:
     for name in ("without a model", "before", "after"):
         table.add_column(name, justify="right")
     for key, value in record["metrics"].items():
-        if not key.endswith(("runtime", "_per_second")):
+        if is_shown(key):
             name = key.removeprefix("eval_")
             plain = record["baselines"].get(name.rpartition("_")[2], record["baselines"].get(name))
             table.add_row(name, _number(plain), _number(before.get(key)), _number(value))
@@ -129,7 +129,7 @@ def _number(value: float | None) -> str:
 
 @contextlib.contextmanager
 def _listener(output: Output) -> Iterator[Listener]:
-    if output == "quiet":
+    if output == "quiet" or os.environ.get("RANK", "0") != "0":  # one process of several tells
         yield Listener()
     elif output == "json":
         yield Listener(
@@ -137,42 +137,8 @@ def _listener(output: Output) -> Iterator[Listener]:
             on_log=lambda step, logs: _print_json({"event": "log", "step": step, **logs}),
         )
     else:
-        with _progress() as listener:
+        with progress(Console(stderr=True)) as listener:
             yield listener
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Listener]:
-    """A line a stage, and a bar with what is left, the loss and the mean rank."""
-    console = Console(stderr=True)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[live]}"), console=console, transient=True)
-    task = bar.add_task("training", visible=False, live="")
-    live: dict[str, str] = {}
-
-    def announce(line: str) -> None:
-        bar.update(task, visible=False)
-        bar.console.print(line, style="dim", highlight=False)
-
-    def on_step(done: int, total: int, rank: float | None) -> None:
-        if rank is not None:
-            live["rank"] = f"rank {rank:.2f}"
-        bar.update(task, completed=done, total=total, visible=True, live=" ".join(live.values()))
-
-    def on_log(step: int, logs: Mapping[str, Any]) -> None:
-        if "loss" in logs:
-            live["loss"] = f"loss {float(logs['loss']):.3f}"
-        measured = {k: v for k, v in logs.items() if k.startswith("eval_")}
-        shown = [f"{k.removeprefix('eval_')} {v:.4f}" for k, v in measured.items() if _is_shown(k)]
-        if shown:
-            bar.console.print(f"step {step}: {', '.join(shown)}", style="dim", highlight=False)
-
-    with bar:
-        yield Listener(announce=announce, on_step=on_step, on_log=on_log)
-
-
-def _is_shown(key: str) -> bool:
-    return not key.endswith(("runtime", "_per_second"))
 
 
 def _way_on(path: Path, overrides: Sequence[str], stopped: Interrupted) -> str:

@@ -110,7 +110,7 @@ class BaseModel:
         if self.is_skeleton:
             with torch.device("meta"):
                 skeleton = auto_class.from_config(config)
-            return skeleton, _outside_the_trunk(skeleton)
+            return skeleton, outside_the_trunk(skeleton)
         model, loading = auto_class.from_pretrained(
             self.name,
             config=config,
@@ -126,7 +126,7 @@ class BaseModel:
         return {k: v for k, v in self.load.arguments().items() if k in keep}
 
 
-def _outside_the_trunk(model: PreTrainedModel) -> list[str]:
+def outside_the_trunk(model: PreTrainedModel) -> list[str]:
     """Modules with weights beside the pretrained trunk, the embeddings' tied copies excepted."""
     trunk = model.base_model_prefix
     tied = {id(model.get_output_embeddings())} if model.get_output_embeddings() else set()

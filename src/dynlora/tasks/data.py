@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 
 from dynlora.tasks.offline import offline_data
 from dynlora.tasks.typed_fields import RecipeError
@@ -184,9 +185,11 @@ def _read_files(files: Mapping[str, Path]) -> DatasetDict:
             read[split] = load_dataset(
                 BUILDERS[_suffix(path)], data_files={split: str(path)}, split=split, **options
             )
-        except (OSError, ValueError, KeyError) as error:
-            cause = error.__cause__ or error
-            raise RecipeError(f"data {str(path)!r} cannot be read: {cause}") from error
+        except (OSError, ValueError, KeyError, DatasetsError) as error:
+            cause = str(error.__cause__ or error).rstrip(".!")
+            raise RecipeError(
+                f"data {str(path)!r} cannot be read: {cause}. Check its format and that it has rows."
+            ) from error
     if len(read) == 1:
         return _by_split_column(next(iter(read.values())))
     return DatasetDict(read)
@@ -208,7 +211,7 @@ def _by_split_column(rows: Dataset) -> DatasetDict:
 def _read_hub(source: DataSource) -> DatasetDict:
     try:
         return load_dataset(source.name, source.config, revision=source.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise RecipeError(
             f"data {source.name!r} is neither a file, a folder, nor a data set that the hub gives"

@@ -1,23 +1,15 @@
-"""Text classification: labelled texts from a CSV file, tokenised; model with a head; accuracy."""
+"""Labelled texts from a CSV file for the demo: each row checked, and some held out."""
 
 import csv
 import gzip
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
 TEST_SHARE = 0.15  # of the distinct texts of each label, where a file has no column split
-MAX_TOKENS = 128
 SPLITS = ("train", "test")
 
 
@@ -93,60 +85,6 @@ def hold_out(examples: Sequence[Example]) -> list[Example]:
         Example(text=e.text, label=e.label, split=SPLITS[(e.label, e.text) in held_out])
         for e in examples
     ]
-
-
-def majority_share(texts: LabelledTexts) -> float:
-    """Held-out accuracy of always answering the most frequent training label, in [0, 1]."""
-    answer, _ = Counter(e.label for e in texts.train).most_common(1)[0]
-    return sum(e.label == answer for e in texts.test) / len(texts.test)
-
-
-def tokenised(
-    examples: Sequence[Example], *, labels: Sequence[str], tokenizer: Tokenizer
-) -> Dataset:
-    """Token ids, cut at 128 tokens and unpadded, with class numbers in the column ``labels``."""
-    number = {label: index for index, label in enumerate(labels)}
-    limit = min(tokenizer.model_max_length, MAX_TOKENS)
-    tokens = tokenizer([e.text for e in examples], truncation=True, max_length=limit)
-    return Dataset.from_dict({**tokens, "labels": [number[e.label] for e in examples]})
-
-
-def sequence_classifier(
-    model: str, *, labels: Sequence[str], tokenizer: Tokenizer
-) -> tuple[PreTrainedModel, list[str]]:
-    """A pretrained model in float32 with one output per label, and the modules that are new in it.
-
-    A tokenizer without a padding token pads with its end-of-text token from here on.
-
-    Args:
-        model: hub id or local folder.
-        labels: class names in the order of the outputs.
-        tokenizer: the model's.
-
-    Returns:
-        The model, and the names of its modules with randomly drawn weights, sorted: the head, and
-        whatever else the checkpoint lacks. They have to be trained and saved with the adapter.
-    """
-    classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-        model,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced
-        output_loading_info=True,
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    classifier.config.pad_token_id = tokenizer.pad_token_id
-    drawn = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    return classifier, sorted({key.rpartition(".")[0] for key in drawn})
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of rows whose largest logit is the label's: ``compute_metrics`` for the Trainer."""
-    answers = np.asarray(prediction.predictions).argmax(axis=-1)  # (rows, classes) -> (rows,)
-    return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
 def _examples(path: Path) -> list[Example]:

@@ -59,6 +59,12 @@ class Recipe:
         """The family that ``task`` names."""
         return family_named(self.task)
 
+    @property
+    def offline_name(self) -> str | None:
+        """NAME of a model that is given as ``offline:NAME``."""
+        kind, _, name = self.model.partition(":")
+        return name if kind == "offline" else None
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe resolved: plain values, every field of ours spelled out."""
         return {**dataclasses.asdict(self), "output": str(self.output)}
@@ -149,7 +155,7 @@ def _put(values: dict[str, Any], name: str, value: Any, family: Family) -> None:
         if isinstance(below, dict):  # anything else is refused when the recipe is checked
             below[inner] = value
         return
-    if name in known[""]:
+    if name in known[""] or name in SECTIONS:
         values[name] = value
         return
     owners = [s for s in SECTIONS if name in known.get(s, ())]

@@ -10,6 +10,9 @@ from typing import Any
 from peft import prepare_model_for_kbit_training
 from transformers import Trainer, set_seed
 
+from dynlora.adapter.components import configs_of
+from dynlora.adapter.config import DynLoraConfig
+from dynlora.export.plain import export_lora
 from dynlora.methods import METHODS, Adapted, Target
 from dynlora.methods.adapted import is_in_head
 from dynlora.tasks.base_model import BaseModel
@@ -23,6 +26,7 @@ from dynlora.tasks.provenance import machine, source_commit, versions
 from dynlora.tasks.recipe import Recipe
 from dynlora.tasks.run_files import (
     DONE,
+    FAILED,
     INTERRUPTED,
     RUNNING,
     checkpoint_to_resume,
@@ -76,13 +80,8 @@ def run(
     listener.announce(rows_line(recipe, data))
     prepared, adapted = build_model(recipe, data)
     arguments = training_arguments(recipe)
-    if resume and not adapted.can_resume:
-        raise RecipeError(f"--resume: method {recipe.method!r} cannot go on from a checkpoint.")
-    if arguments.load_best_model_at_end and not adapted.can_resume:
-        raise RecipeError(
-            f"training.load_best_model_at_end cannot be used with method {recipe.method!r}, whose "
-            "checkpoints do not load; set it to false (run.json names the best evaluation)."
-        )
+    if not adapted.can_resume:
+        _need_no_checkpoint(recipe, resume=resume)
     stop = StopOnInterrupt(can_resume=adapted.can_resume)
     tell = TellListener(listener, adapted.ranks)
     trainer = make_trainer(recipe, prepared, adapted, arguments, [tell, stop])
@@ -127,9 +126,9 @@ def build_model(
         data: of :func:`checked_data`.
         is_skeleton: models are shapes without weights, for counting.
     """
-    kind, _, name = recipe.model.partition(":")
-    model = offline_model(name) if kind == "offline" else recipe.model
+    model = offline_model(recipe.offline_name) if recipe.offline_name else recipe.model
     base = BaseModel(name=model, load=recipe.base, is_skeleton=is_skeleton)
+    base.config()  # a model that is not there is the first thing to say
     set_seed(recipe.seed)
     prepared: Prepared = recipe.family.prepare(recipe.options, data, base)
     _get_ready(prepared, recipe)
@@ -152,6 +151,17 @@ def _place(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[str | None
         return checkpoint_to_resume(recipe.output, recipe.to_dict())
     claim_folder(recipe.output, overwrite=overwrite)
     return None, {}
+
+
+def _need_no_checkpoint(recipe: Recipe, *, resume: bool) -> None:
+    """Refuse what would load a checkpoint of a method whose checkpoints do not load."""
+    if resume:
+        raise RecipeError(f"--resume: method {recipe.method!r} cannot go on from a checkpoint.")
+    if recipe.training.get("load_best_model_at_end"):
+        raise RecipeError(
+            f"training.load_best_model_at_end cannot be used with method {recipe.method!r}, whose "
+            "checkpoints do not load; set it to false (run.json names the best evaluation)."
+        )
 
 
 def _get_ready(prepared: Prepared, recipe: Recipe) -> None:
@@ -178,9 +188,11 @@ def _train(
     """Train; the record knows of this part of the run whether it ends or is interrupted."""
     part = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     began = time.perf_counter()
+    record["status"] = FAILED  # unless one of the next lines is reached
     try:
         with stop:
             trainer.train(resume_from_checkpoint=checkpoint)
+        record["status"] = RUNNING
     except Interrupted:
         record["status"] = INTERRUPTED
         raise
@@ -252,7 +264,11 @@ def _best(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, Any] | No
 
 def _save(trainer: Trainer, recipe: Recipe, adapted: Adapted) -> None:
     """The trained weights and the processor, at the top of the run's folder."""
-    if adapted.save is None:
+    if any(isinstance(config, DynLoraConfig) for config in configs_of(trainer.model).values()):
+        export_lora(trainer.model, recipe.output)  # sharded, hence still gated; every process calls
+        if trainer.is_world_process_zero():
+            trainer.processing_class.save_pretrained(str(recipe.output))
+    elif adapted.save is None:
         trainer.save_model(str(recipe.output))
     elif trainer.is_world_process_zero():
         adapted.save(Path(recipe.output))

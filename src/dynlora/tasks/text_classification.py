@@ -29,9 +29,9 @@ SCORES: dict[str, Score] = {
     "accuracy": metrics.accuracy_score,
     "f1": partial(metrics.f1_score, zero_division=0.0),  # of class 1, the GLUE convention
     "macro_f1": partial(metrics.f1_score, average="macro", zero_division=0.0),
-    "matthews": metrics.matthews_corrcoef,
-    "pearson": lambda labels, answers: _correlation(stats.pearsonr, labels, answers),
-    "spearman": lambda labels, answers: _correlation(stats.spearmanr, labels, answers),
+    "matthews": lambda labels, answers: _correlation(metrics.matthews_corrcoef, labels, answers),
+    "pearson": lambda labels, answers: _correlation(_pearson, labels, answers),
+    "spearman": lambda labels, answers: _correlation(_spearman, labels, answers),
 }
 CORRELATIONS = ("pearson", "spearman")
 
@@ -116,7 +116,7 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
         train=tokens(data.train),
         evals={name: tokens(rows) for name, rows in data.evals.items()},
         collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=partial(_measured, options),
+        compute_metrics=partial(measure, options),
     )
 
 
@@ -193,7 +193,8 @@ def _tokenised(rows: Dataset, *, options: Options, tokenizer: Tokenizer) -> Data
     return Dataset.from_dict({**tokens, "labels": rows["labels"][:]})
 
 
-def _measured(options: Options, _name: str, prediction: EvalPrediction) -> dict[str, float]:
+def measure(options: Options, _name: str, prediction: EvalPrediction) -> dict[str, float]:
+    """The options' metrics for logits (rows, classes), or (rows, 1) of a regression."""
     logits = prediction.predictions  # (rows, classes), or a tuple with hidden states behind them
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
     answers = logits.reshape(-1) if options.is_regression else logits.argmax(axis=-1)
@@ -216,11 +217,19 @@ def _baselines(options: Options, train: Dataset, evals: dict[str, Dataset]) -> d
     return {name: float(np.mean([r[name] for r in reached])) for name in options.scores}
 
 
-def _correlation(measure: Any, labels: np.ndarray, answers: np.ndarray) -> float:
+def _correlation(correlation: Score, labels: np.ndarray, answers: np.ndarray) -> float:
     """A correlation; 0 where one side is constant and none is defined."""
     if np.ptp(labels) == 0 or np.ptp(answers) == 0:
         return 0.0
-    return float(measure(labels, answers).statistic)
+    return correlation(labels, answers)
+
+
+def _pearson(labels: np.ndarray, answers: np.ndarray) -> float:
+    return float(stats.pearsonr(labels, answers).statistic)
+
+
+def _spearman(labels: np.ndarray, answers: np.ndarray) -> float:
+    return float(stats.spearmanr(labels, answers).statistic)
 
 
 FAMILY = Family(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dynlora.methods import Adapted
@@ -22,6 +23,10 @@ class NamedEvaluation:
     """
 
     metrics_of: Any = None
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        """Rows in their order even where training groups them by length: metrics look rows up."""
+        return SequentialSampler(eval_dataset)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, which calls itself with the name of each set of several."""
@@ -90,6 +95,8 @@ def make_trainer(
         **options,
     )
     trainer.metrics_of = prepared.compute_metrics
+    if not family.counts_tokens:
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     return trainer
 
