@@ -16,8 +16,11 @@ from dynlora import allocation
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.sharding import is_sharded, whole
 
-STACK_BYTES = 1_000_000
-"""Upper limit of a temporary. Below it, larger stacks were not measurably faster on a CPU."""
+STACK_BYTES = 750_000
+"""Upper limit of the copies that one stack makes; with ``GRAM_BYTES``, temporaries stay below 1 MB."""
+
+GRAM_BYTES = 100_000
+"""Upper limit of the Gram matrices held at once, in fp32."""
 
 
 @torch.no_grad()
@@ -28,19 +31,41 @@ def score_(layers: Sequence[GatedLayer], *, beta: float) -> None:
         layers: the gated layers of a model, none of them dropped; their ``ema`` is changed in place.
         beta: weight of the past, in [0, 1).
     """
-    factors = [m.parameters for m in layers]
-    grams_a = gram_matrices([a.detach() for a, _, _ in factors], rank_dim=0)
-    grams_b = gram_matrices([b.detach() for _, b, _ in factors], rank_dim=1)
-    emas = [m.ema for m in layers]
-    present: list[Any] = [None] * len(layers)
-    for rows in _groups(emas, lambda e: (e.shape[0], e.dtype, e.device)):
+    for block in _blocks(layers):
+        factors = [m.parameters for m in block]
+        emas = [m.ema for m in block]
+        shares = _importance([[p.detach() for p in f] for f in factors])
+        present = [s.to(e.dtype) for s, e in zip(shares, emas, strict=True)]
+        allocation.smooth_importance_(emas, present, beta=beta)
+
+
+def _blocks(layers: Sequence[GatedLayer]) -> Iterator[list[GatedLayer]]:
+    """The layers in order, as many at a time as ``GRAM_BYTES`` allows, at least one."""
+    block: list[GatedLayer] = []
+    size = 0
+    for gated in layers:
+        need = 2 * 4 * gated.num_components**2
+        if block and size + need > GRAM_BYTES:
+            yield block
+            block, size = [], 0
+        block.append(gated)
+        size += need
+    yield block
+
+
+def _importance(factors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Eq. 7 for modules given as (A, B, c): (rank,) each, those of equal rank in one batch."""
+    grams_a = gram_matrices([a for a, _, _ in factors], rank_dim=0)
+    grams_b = gram_matrices([b for _, b, _ in factors], rank_dim=1)
+    shares: list[Any] = [None] * len(factors)
+    for rows in _groups(grams_a, lambda g: (g.shape, g.dtype, g.device)):
+        gates = torch.stack([whole(factors[i][2]) for i in rows])
         gram_a = torch.stack([grams_a[i] for i in rows])
         gram_b = torch.stack([grams_b[i] for i in rows])
-        gates = torch.stack([whole(factors[i][2].detach()) for i in rows]).to(gram_a.dtype)
-        shares = allocation.component_importance(gram_a, gram_b, gates).to(emas[rows[0]].dtype)
-        for i, share in zip(rows, shares.unbind(), strict=True):
-            present[i] = share
-    allocation.smooth_importance_(emas, present, beta=beta)
+        shared = allocation.component_importance(gram_a, gram_b, gates.to(gram_a.dtype))
+        for i, share in zip(rows, shared.unbind(), strict=True):
+            shares[i] = share
+    return shares
 
 
 @torch.no_grad()
@@ -63,11 +88,16 @@ def gram_matrices(factors: Sequence[Tensor], *, rank_dim: int) -> list[Tensor]:
         if len(rows) == 1:
             grams[rows[0]] = _gram(whole(factors[rows[0]]), rank_dim)
             continue
-        stack = _at_least_fp32(torch.stack([factors[i].flatten(1) for i in rows]))
-        vectors = stack if rank_dim == 0 else stack.mT
-        for i, gram in zip(rows, torch.bmm(vectors, vectors.mT).unbind(), strict=True):
+        for i, gram in zip(rows, _grams([factors[i] for i in rows], rank_dim), strict=True):
             grams[i] = gram
     return grams
+
+
+def _grams(factors: Sequence[Tensor], rank_dim: int) -> Sequence[Tensor]:
+    """The Gram matrices of several factors of one shape."""
+    stack = _at_least_fp32(torch.stack([factor.flatten(1) for factor in factors]))
+    vectors = stack if rank_dim == 0 else stack.mT
+    return torch.bmm(vectors, vectors.mT).unbind()
 
 
 def _gram(factor: Tensor, rank_dim: int) -> Tensor:
@@ -78,8 +108,11 @@ def _gram(factor: Tensor, rank_dim: int) -> Tensor:
     if matrix.dtype in {torch.float32, torch.float64}:
         return matrix @ matrix.T
     width = max(1, STACK_BYTES // (4 * max(1, matrix.shape[0])))
-    slices = [part.float() @ part.float().T for part in matrix.split(width, dim=1)]
-    return torch.stack(slices).sum(0)
+    gram = torch.zeros(matrix.shape[0], matrix.shape[0], device=matrix.device)
+    for part in matrix.split(width, dim=1):
+        exact = part.float()
+        gram.addmm_(exact, exact.T)
+    return gram
 
 
 @torch.no_grad()
@@ -113,9 +146,10 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def _stacks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors that can be stacked in fp32 within ``STACK_BYTES``, at least one at a time."""
+    """Indices of tensors that make a stack of up to ``STACK_BYTES`` in fp32, at least one each."""
     for rows in _groups(tensors, lambda t: (t.shape, t.dtype, t.device)):
-        size = tensors[rows[0]].numel() * max(4, tensors[rows[0]].element_size())
+        width = tensors[rows[0]].element_size()
+        size = tensors[rows[0]].numel() * (width if width >= 4 else width + 4)  # converted to fp32
         step = 1 if is_sharded(tensors[rows[0]]) else max(1, STACK_BYTES // max(1, size))
         yield from (rows[i : i + step] for i in range(0, len(rows), step))
 
