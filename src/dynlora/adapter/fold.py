@@ -33,28 +33,48 @@ def fold(layer: GatedLayer) -> tuple[Tensor, Tensor]:
     Folding is done in fp32 at least and returned in the factors' own dtype.
     """
     a, b, c = (whole(p.detach()) for p in layer.parameters)
-    keep = ((c != 0) & layer.live.to(c.device)).nonzero().flatten()
+    return fold_factors(a, b, c, layer.live, scaling=layer.scaling)
+
+
+def fold_factors(
+    a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """A' = A[keep] and B' = s · (B ⊙ c)[:, keep]; kept is what has a gate and is alive.
+
+    Args:
+        a: (rank, in, ...).
+        b: (out, rank, ...).
+        c: gates, (rank,); ones for a plain LoRA.
+        live: False where a component is pruned, (rank,); None if none is.
+        scaling: s.
+    """
+    keep = c != 0 if live is None else (c != 0) & live.to(c.device)
+    kept = keep.nonzero().flatten()
     exact = torch.promote_types(b.dtype, torch.float32)
-    gain = (c.to(exact) * layer.scaling).view(1, -1, *[1] * (b.ndim - 2))
-    folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, keep)
-    return a.index_select(0, keep).contiguous(), folded_b.contiguous()
+    gain = (c.to(exact) * scaling).view(1, -1, *[1] * (b.ndim - 2))
+    folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, kept)
+    return a.index_select(0, kept).contiguous(), folded_b.contiguous()
 
 
 def fold_all(layers: list[GatedLayer]) -> Folded:
     """Folded factors of every layer by name; dropped layers are absent, dead ones have rank 0."""
     folded = {m.name: fold(m) for m in layers if not m.is_dropped}
-    for name in folded:
-        inner = name + OUT_PROJECTION
-        if inner in folded:  # stock PEFT gives both halves of MultiheadAttention one rank
-            rank = max(folded[name][0].shape[0], folded[inner][0].shape[0])
-            folded[name], folded[inner] = (
-                _padded(*folded[name], rank),
-                _padded(*folded[inner], rank),
-            )
+    pad_halves(folded)
     return folded
 
 
-def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def pad_halves(folded: Folded) -> None:
+    """Give both halves of each MultiheadAttention one rank, as stock PEFT has it, in place."""
+    for name in folded:
+        inner = name + OUT_PROJECTION
+        if inner in folded:
+            rank = max(folded[name][0].shape[0], folded[inner][0].shape[0])
+            folded[name] = padded(*folded[name], rank)
+            folded[inner] = padded(*folded[inner], rank)
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with zero components up to ``rank``."""
     gap = rank - a.shape[0]
     a = torch.cat([a, a.new_zeros(gap, *a.shape[1:])])
     return a, torch.cat([b, b.new_zeros(b.shape[0], gap, *b.shape[2:])], dim=1)
