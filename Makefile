@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow check fmt peft-suite ci
+.PHONY: setup demo test test-slow test-zero check fmt peft-suite ci
 
 setup: .venv/dev.stamp
 
@@ -27,6 +27,13 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+.venv/zero.stamp: .venv/dev.stamp
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[zero]"
+	touch $@
+
+test-zero: .venv/zero.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -k zero tests/test_distributed.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .

@@ -4,7 +4,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, set_seed
+from transformers import (
+    AutoModel,
+    BartConfig,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MPNetConfig,
+    RobertaConfig,
+    T5Config,
+    set_seed,
+)
 
 from dynlora.methods import METHODS, AdapterOptions, Target
 from dynlora.methods.bottleneck import Bottleneck
@@ -103,6 +115,50 @@ def test_bottlenecks_stand_where_their_papers_put_them():
         "1.attention.output.dense",
         "1.output.dense",
     ]
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPES = [
+    (GPT2Config(n_embd=16, n_layer=1, n_head=2), ["attn.c_proj"], ["mlp.c_proj"]),
+    (LlamaConfig(**SMALL, intermediate_size=24), ["self_attn.o_proj"], ["mlp.down_proj"]),
+    (MPNetConfig(**SMALL, intermediate_size=24), ["attention.attn.o"], ["output.dense"]),
+    (RobertaConfig(**SMALL, intermediate_size=24), ["attention.output.dense"], ["output.dense"]),
+    (
+        DistilBertConfig(dim=16, hidden_dim=24, n_layers=1, n_heads=2),
+        ["attention.out_lin"],
+        ["ffn.lin2"],
+    ),
+    (
+        BartConfig(
+            d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2,
+        ),
+        ["self_attn.out_proj", "self_attn.out_proj", "encoder_attn.out_proj"],
+        ["fc2", "fc2"],
+    ),
+    (
+        T5Config(d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=24),
+        ["SelfAttention.o", "SelfAttention.o", "EncDecAttention.o"],
+        ["DenseReluDense.wo", "DenseReluDense.wo"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "feed_forward"), SHAPES, ids=[c.model_type for c, *_ in SHAPES]
+)
+def test_sub_layers_are_found_in_every_architecture(config, attention, feed_forward):
+    def places(method):
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        target = Target(model=model, head=[], task_type=None, seed=0)
+        made = METHODS[method](AdapterOptions(bottleneck=2), target)
+        return [n for n, m in made.model.named_modules() if isinstance(m, Bottleneck)]
+
+    found = places("pfeiffer")
+    assert [n for n, end in zip(found, feed_forward, strict=True) if not n.endswith(end)] == []
+    others = [n for n in places("houlsby") if n not in found]
+    assert [n for n, end in zip(others, attention, strict=True) if not n.endswith(end)] == []
 
 
 def test_a_bottleneck_adds_its_nonlinear_path():

@@ -444,6 +444,14 @@ def test_every_kind_of_layer_can_fall_to_rank_0(tmp_path, kind):
     equal(logits(model.merge_and_unload()), before)
 
 
+def test_a_forward_of_attention_keeps_the_order_of_the_parameters():
+    """Optimizer state is saved by position, and a new model has made no forward yet."""
+    model = adapted(layer_kinds, target_modules=["mha"])
+    before = [name for name, _ in model.named_parameters()]
+    model(**batch(model.get_base_model()))
+    assert [name for name, _ in model.named_parameters()] == before
+
+
 # -- refused -------------------------------------------------------------------------------------
 
 

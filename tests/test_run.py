@@ -141,6 +141,21 @@ def test_methods_see_the_same_rows_in_the_same_order_and_start_from_the_same_hea
         }
 
 
+def test_accumulated_batches_are_the_batch_they_make_up(recipe, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = save_encoder(tmp_path / "still", **sizes, **still, intermediate_size=24)
+    norms = []
+    for batch, accumulated in [(8, 1), (4, 2)]:
+        fields = {"gradient_accumulation_steps": accumulated, "logging_steps": 1}
+        chosen = recipe("lora", output=f"of {batch}", max_steps=3, **fields)
+        chosen = recipe_from({**chosen.to_dict(), "model": model})
+        chosen.training["per_device_train_batch_size"] = batch
+        history = run(chosen).trainer.state.log_history
+        norms.append([entry["grad_norm"] for entry in history if "grad_norm" in entry])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_matched_and_mismatched_come_from_one_run(recipe, inputs):
     rows = [
         {"premise": "good film", "hypothesis": ("good", "bad")[i % 2], "label": i % 2}

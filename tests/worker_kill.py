@@ -48,10 +48,10 @@ def die_after_half(path, content):
 
 
 class WithLoss(nn.Module):
-    def __init__(self):
+    def __init__(self, dropout=0.2):
         super().__init__()
         self.net = SmallNet()
-        self.dropout = nn.Dropout(0.2)  # so that the random state must be restored, too
+        self.dropout = nn.Dropout(dropout)  # so that the random state must be restored, too
 
     def forward(self, x, labels=None):
         logits = self.net(self.dropout(x))

@@ -4,6 +4,7 @@ Train with a rank budget instead of a rank; what comes out is a plain, smaller L
 not NVIDIA's weight-decomposed DoRA. Importing this package registers the method with PEFT.
 """
 
+from dynlora.adapter.adapter_file import AdapterFileError
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.fold import finalize_
 from dynlora.adapter.penalty import dem_loss
@@ -16,6 +17,7 @@ from dynlora.trainer import DynLoraCallback, last_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFileError",
     "DynLoraCallback",
     "DynLoraConfig",
     "DynLoraModel",

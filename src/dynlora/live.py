@@ -46,6 +46,21 @@ class LiveLogs(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def __init__(self, allocator: RankAllocator, rank_image: RankImage | None = None) -> None:
         self.allocator = allocator
         self.rank_image = rank_image
+        self.handler: CallbackHandler | None = None
+        self._drawn = len(allocator.history)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """After a prune event, show the ranks in TensorBoard if it is among the reporters."""
+        new, self._drawn = self.allocator.history[self._drawn :], len(self.allocator.history)
+        if self.rank_image is None or self.handler is None:
+            return
+        writers = [getattr(callback, "tb_writer", None) for callback in self.handler.callbacks]
+        for event in new:
+            for writer in filter(None, writers):
+                image = self.rank_image(event["ranks"])
+                writer.add_image(f"{PREFIX}ranks", image, event["step"], dataformats="HWC")
 
     def on_log(
         self,
@@ -72,6 +87,7 @@ def stand_first(live: LiveLogs, handler: CallbackHandler | None) -> None:
         live: what to put there.
         handler: the Trainer's callback handler; None leaves reporters without the live fields.
     """
+    live.handler = handler
     if handler is not None:  # a new list: the handler may be going through the old one
         handler.callbacks = [live, *(c for c in handler.callbacks if not isinstance(c, LiveLogs))]
 

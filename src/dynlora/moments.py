@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynlora.adapter.components import GatedLayer
-from dynlora.adapter.sharding import sharded_like
+from dynlora.adapter.sharding import laid_out
 
 _RANK_DIMS = (0, 1, 0)  # where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components
 
@@ -33,4 +33,4 @@ def forget_pruned_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
             mask = gated.live.view(shape).expand(parameter.shape)
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.mul_(sharded_like(mask, value))
+                    value.mul_(laid_out(mask, value))

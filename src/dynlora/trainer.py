@@ -15,7 +15,7 @@ from dynlora.allocator import RankAllocator
 from dynlora.history import HistoryFile
 from dynlora.live import LiveLogs, RankImage, calling_handler, stand_first
 from dynlora.measures import memory_bytes
-from dynlora.scores import Score
+from dynlora.scoring import Score
 
 MAX_SKIPPED_STEPS = 40
 """fp16 only: a GradScaler starts at 2**16 and halves its scale at each skipped step, so more skips
@@ -34,9 +34,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     Args:
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
-        score: another importance than the paper's; see RankAllocator.
         rank_image: draws the ranks at each prune event for TensorBoard, such as
             ``dynlora.report.rank_image``; None draws nothing.
+        score: another importance than the paper's; see RankAllocator.
 
     Attributes:
         allocator: the RankAllocator of the current run, None before training.
@@ -47,13 +47,13 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     def __init__(
         self,
         adapter: str | None = None,
+        rank_image: RankImage | None = None,
         *,
         score: Score | None = None,
-        rank_image: RankImage | None = None,
     ) -> None:
         self.adapter = adapter
-        self.score = score
         self.rank_image = rank_image
+        self.score = score
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
         self._skipped = 0
@@ -160,8 +160,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Turn the adapter into a plain LoRA; whatever is saved from here on is stock PEFT.
 
-        Under FSDP shapes cannot change in place: the adapter stays gated, and a warning says how to
-        export it.
+        Under FSDP and ZeRO shapes cannot change in place: the adapter stays gated, and a warning says
+        how to export it.
         """
         allocator = self._running()
         if any(gated.is_sharded for gated in allocator.layers):
@@ -169,8 +169,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             allocator.detach()
             self._write_end(allocator)
             warnings.warn(
-                "The adapter is sharded by FSDP and stays gated. Call export_lora(trainer.model, folder) "
-                "on every process to write the plain LoRA; save_model writes one that needs dynlora.",
+                "The adapter is sharded (FSDP, ZeRO) and stays gated. Call "
+                "export_lora(trainer.model, folder) on every process to write the plain LoRA; save_model "
+                "writes one that needs dynlora.",
                 stacklevel=2,
             )
             return

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
+from dynlora.adapter.adapter_file import CONFIG_NAME, read_folder
 from dynlora.allocation.schedule import Schedule
 
 _DEFAULT_TARGET_R = 8
@@ -121,6 +123,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
             so that only their gradient can bring them back, not old momentum.
         preset: ``paper`` gives every field above that is left at its default the paper's value, and
             lora_alpha and lora_dropout too, whatever the defaults of this version are.
+        fused: whether plain Linear layers compute base and adapter in one autograd function where
+            that is possible (one active adapter, no hooks, one dtype); the result is the same to
+            rounding. False always takes PEFT's path.
 
     Raises:
         ValueError: a rule above is broken, ``r`` is given, or a LoRA variant is asked for that has no
@@ -184,6 +189,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     preset: Literal["paper"] | None = field(
         default=None, metadata={"help": "paper: its values for fields left at their default."}
     )
+    fused: bool = field(
+        default=True, metadata={"help": "Faster, equal path for plain Linear layers."}
+    )
 
     def __post_init__(self) -> None:
         """Check every rule, then let LoraConfig check its own."""
@@ -200,6 +208,24 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         self.r = self.init_r
         super().__post_init__()
         self.peft_type = DYNLORA
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "DynLoraConfig":
+        """Read a saved config; a folder with weights is checked now, before PEFT changes a base model.
+
+        Raises:
+            AdapterFileError: the folder is damaged or holds something else than a DynLora adapter.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        stored = read_folder(folder) if (folder / CONFIG_NAME).is_file() else None
+        config: DynLoraConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        if isinstance(config, DynLoraConfig):
+            config.stored = stored
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Fields for adapter_config.json, without ``r``, which follows from ``init_r``."""
@@ -230,6 +256,16 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
                 f"init_r={self.init_r!r} must be an integer of at least 1; leave it out for "
                 "ceil(1.5 * target_r)."
             )
+        for name, rank in (self.rank_pattern or {}).items():
+            if not _is_integer(rank) or rank < 1:
+                raise ValueError(
+                    f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of at least 1; name a "
+                    "module in exclude_modules to leave it out."
+                )
+        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, such as 8.")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         highest = max([self.init_r, *(self.rank_pattern or {}).values()])
         if self.target_r > highest:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 
 from dynlora.adapter.components import GatedLayer, unwrapped
 from dynlora.adapter.config import DynLoraConfig, plain_lora_fields
+from dynlora.adapter.flat_shards import without_wrappers
 
 OUT_PROJECTION = ".base_layer.out_proj"
 """Where PEFT keeps the second half of MultiheadAttention, which no pattern can name."""
@@ -89,8 +90,9 @@ def target_fields(
     candidates.append({"target_modules": alive, "exclude_modules": dead or None, **all_layers})
     one_of = "|".join(re.escape(n) for n in alive)
     exact = {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **all_layers}
-    targetable = _targetable_names(model)
-    wanted = [n for n in targetable if n in set(alive)]
+    targetable = targetable_names(model)
+    living = set(alive)
+    wanted = [n for n in targetable if n in living]
     for fields in candidates:
         trial = LoraConfig(**fields)
         if [n for n in targetable if check_target_module_exists(trial, n)] == wanted:
@@ -98,15 +100,17 @@ def target_fields(
     return exact
 
 
-def _targetable_names(model: nn.Module) -> list[str]:
+def targetable_names(model: nn.Module) -> list[str]:
     """Names that the base model's modules have without adapters."""
     names: list[str] = []
-    inside: tuple[str, ...] = ("\0",)  # prefixes of what lies below an adapted module
-    for name, module in unwrapped(model).named_modules():
+    inside = "\0"  # prefix of what lies below the adapted module seen last; its children follow it
+    for wrapped_name, module in unwrapped(model).named_modules():
+        name = without_wrappers(wrapped_name)
         if name and not name.startswith(inside):
-            names.append(name)
+            if name not in names[-1:]:  # a wrapper and what it wraps have one name
+                names.append(name)
             if isinstance(module, lora.LoraLayer):
-                inside = (*inside, name + ".")
+                inside = name + "."
     return names
 
 

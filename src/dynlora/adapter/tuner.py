@@ -8,8 +8,12 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from dynlora.adapter.adapter_file import check_tensors
+from dynlora.adapter.base_match import check_against_base, check_others
+from dynlora.adapter.components import unwrapped
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
 from dynlora.adapter.layers import attach_gate_, resize_
@@ -18,6 +22,36 @@ from dynlora.adapter.patterns import with_one_component
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
     """Injects LoRA layers as LoraModel does, then gives each of them its gate."""
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Inject as PEFT does; an adapter from a folder is compared with the model before.
+
+        Raises:
+            ValueError: ``target_modules`` names experts that are fused into one tensor, which PEFT would
+                silently leave out, or the stored adapter does not fit the model.
+        """
+        config = self.peft_config[adapter_name]
+        _refuse_fused_experts(model, config)
+        stored = config.__dict__.pop("stored", None)
+        if stored is not None:
+            check_against_base(unwrapped(model), config, stored)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: DynLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        check_others(unwrapped(model), config, check_tensors(state_dict))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return remapped
 
     def _create_and_replace(
         self,
@@ -60,6 +94,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
                 identity=identity,
                 init_std=lora_config.init_std,
                 init=lora_config.init,
+                fused=lora_config.fused,
             )
             gate.requires_grad_(trained)
             if is_empty:
@@ -76,6 +111,28 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         raise ValueError(
             "add_weighted_adapter cannot combine DynLora adapters: it would ignore their gates. Call "
             "dynlora.finalize_(model, adapter) on each adapter first, then combine the plain LoRAs."
+        )
+
+
+def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
+    """PEFT's LoRA turns such names into ``target_parameters``; for other methods it leaves them out."""
+    named = config.target_modules
+    if not named or isinstance(named, str):
+        return
+    modules = dict(model.named_modules())
+    fused = [
+        f"{name}.{parameter}"
+        for name, module in modules.items()
+        if not isinstance(module, _ConvNd | BaseTunerLayer)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    ]
+    missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
+    if fused and missing:
+        raise ValueError(
+            f"target_modules={missing} match no module of {type(model).__name__}, whose experts are "
+            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Leave "
+            "these names out; attention and shared experts can be adapted."
         )
 
 

@@ -48,7 +48,7 @@ def warm_start_(
     kept["init_lora_weights"] = True  # how the LoRA once started is history
     config = DynLoraConfig(**kept, init_r=plain.r, target_r=target_r, **fields)
     for _, layer in _lora_layers(model, adapter):
-        gate = attach_gate_(layer, adapter, identity=False, init_std=None)
+        gate = attach_gate_(layer, adapter, identity=False, init_std=None, fused=config.fused)
         if config.target_r < layer.r[adapter]:
             expect_allocator(layer, adapter)
         gate.requires_grad_(True)

@@ -12,7 +12,7 @@ from dynlora.allocation.importance import (
     smooth_importance_,
     update_norm,
 )
-from dynlora.allocation.regularizer import add_dem_gradient_, dem_penalty
+from dynlora.allocation.regularizer import add_dem_gradients_, dem_penalty
 from dynlora.allocation.schedule import (
     Schedule,
     budget_at,
@@ -25,7 +25,7 @@ from dynlora.allocation.selection import select_components, select_within
 __all__ = [
     "IMPORTANCE_EPS",
     "Schedule",
-    "add_dem_gradient_",
+    "add_dem_gradients_",
     "budget_at",
     "component_importance",
     "component_norms",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ def _number(value: float | None) -> str:
 
 @contextlib.contextmanager
 def _listener(output: Output) -> Iterator[Listener]:
-    if output == "quiet":
+    if output == "quiet" or os.environ.get("RANK", "0") != "0":  # one process of several tells
         yield Listener()
     elif output == "json":
         yield Listener(

@@ -12,10 +12,10 @@ from dynlora.methods.options import AdapterOptions
 from dynlora.methods.trained_weights import save_trained
 
 FEED_FORWARD = re.compile(
-    r"(?<!attention\.)output\.dense|\.(fc2|down_proj|lin2|wo|c_proj|dense_4h_to_h)$"
+    r"(?<!attention)\.output\.dense$|\.(fc2|down_proj|lin2|wo|dense_4h_to_h)$|\bmlp\.c_proj$"
 )
 ATTENTION = re.compile(
-    r"attention\.output\.dense$|\.(out_proj|o_proj|out_lin)$|attn\.(c_proj|o)$|\bSelfAttention\.o$"
+    r"attention\.output\.dense$|\.(out_proj|o_proj|out_lin)$|attn\.(c_proj|o)$|Attention\.o$"
 )
 
 

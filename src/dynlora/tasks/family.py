@@ -104,6 +104,9 @@ class Family:
         trainer: the Trainer class.
         arguments: the class of its arguments; a recipe's section ``training`` may hold any of its
             fields.
+        counts_tokens: whether the model divides its loss by the number of tokens in the whole batch
+            (``num_items_in_batch``), as decoders do. False: the loss is a mean, which Trainer would
+            multiply by accumulation steps and processes if it were not told.
         defaults: (options) -> fields of ``arguments`` that the family needs, which a recipe may
             still override.
     """
@@ -117,6 +120,7 @@ class Family:
     auto_class: str = "AutoModel"
     trainer: type[Trainer] = Trainer
     arguments: type[TrainingArguments] = TrainingArguments
+    counts_tokens: bool = False
     defaults: Callable[[Any], dict[str, Any]] = lambda _options: {}
 
 

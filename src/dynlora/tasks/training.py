@@ -95,6 +95,8 @@ def make_trainer(
         **options,
     )
     trainer.metrics_of = prepared.compute_metrics
+    if not family.counts_tokens:
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     return trainer
 
