@@ -24,7 +24,8 @@ from dynlora.tasks.training import planned_steps, training_arguments
 from dynlora.tasks.typed_fields import RecipeError
 from tiny_classifier import save_encoder, save_texts
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no adapter weights:UserWarning")
+# PEFT takes a module that its AdaLoRA cut to rank 0 for a shard that was not gathered
+pytestmark = pytest.mark.filterwarnings(r"ignore:.*LoRA tensor\(s\) have invalid shape")
 
 
 @pytest.fixture(scope="module")

@@ -143,5 +143,5 @@ FAMILY = Family(
     prepare=prepare,
     best_metric=lambda options: options.metrics[0],
     auto_class="AutoModelForImageClassification",
-    defaults=lambda _options: {"label_names": ["labels"]},
+    defaults=lambda _options: {"label_names": ["labels"], "remove_unused_columns": False},
 )
