@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow check fmt peft-suite ci
+.PHONY: setup demo test test-slow test-zero check fmt peft-suite bench ci
 
 setup: .venv/dev.stamp
 
@@ -28,6 +28,13 @@ test: .venv/dev.stamp
 test-slow: .venv/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+.venv/zero.stamp: .venv/dev.stamp
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[zero]"
+	touch $@
+
+test-zero: .venv/zero.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -k zero tests/test_distributed.py
+
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,5 +47,10 @@ fmt: .venv/dev.stamp
 
 peft-suite: .venv/dev.stamp
 	$(BIN)/python scripts/peft_suite.py
+
+bench: .venv/dev.stamp
+	$(PIP) matplotlib
+	for question in step_cost allocator_cost whole_run render; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
 
 ci: check test demo

@@ -319,13 +319,22 @@ def saved_progress(steps=8, **fields):
         ({"prune_end": 0.7}, "prune_end=0.7 differs"),
         ({"prune_interval": 5}, "prune_interval=5 differs from the interrupted run's 10"),
         ({"revival": False}, "revival=False differs"),
+        ({"dem_weight": 0.5}, "dem_weight=0.5 differs from the interrupted run's 0.1"),
+        (
+            {"lora_alpha": 32},
+            "scaling=8.0 of module 'layers.0' differs from the interrupted run's 2.0",
+        ),
+        (
+            {"target_modules": ["0", "1"], "target_r": 3},
+            r"modules differ .*\['layers.2'\] were adapted",
+        ),
     ],
     ids=str,
 )
 def test_resuming_another_plan_is_refused(fields, message):
     weights, progress = saved_progress()
     model, _, allocator = attached(**fields)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict="target_modules" not in fields)
     with pytest.raises(ValueError, match=message):
         allocator.load_state_dict(progress)
 
@@ -334,6 +343,40 @@ def test_resuming_without_the_models_scores_is_refused():
     _, progress = saved_progress()
     _, _, allocator = attached()
     with pytest.raises(ValueError, match="holds no importance scores: load the checkpoint"):
+        allocator.load_state_dict(progress)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"step": None}, "state holds step=None, no int"),
+        ({"step": True}, "state holds step=True, no int"),
+        ({"step": 41}, "state is damaged: step=41 of 40"),
+        ({"step": -1}, "state is damaged: step=-1 of 40"),
+        ({"window": [9, 3]}, r"damaged: .* window=\[9, 3\]"),
+        ({"history": [3]}, "state is damaged"),
+        ({"modules": {}}, r"modules differ .* \['layers.0', 'layers.1', 'layers.2'\] are new"),
+        ({"is_frozen": True}, "holds 12 live components, the interrupted run was frozen at 6"),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused(damage, message):
+    weights, progress = saved_progress(steps=3)
+    model, _, allocator = attached()
+    model.load_state_dict(weights)
+    with pytest.raises(ValueError, match=message):
+        allocator.load_state_dict({**progress, **damage})
+    assert allocator.step == 0
+    allocator.load_state_dict(progress)
+    assert allocator.step == 3
+
+
+def test_resuming_from_scores_that_are_not_finite_is_refused():
+    weights, progress = saved_progress()
+    model, _, allocator = attached()
+    model.load_state_dict(weights)
+    allocator.layers[2].ema[0] = float("inf")
+    with pytest.raises(ValueError, match="not finite, first in module 'layers.2'"):
         allocator.load_state_dict(progress)
 
 
@@ -346,7 +389,7 @@ def test_resuming_another_versions_state_is_refused():
 
 def test_resuming_onto_other_ranks_is_refused():
     _, progress = saved_progress()
-    _, _, allocator = attached(init_r=5)
+    _, _, allocator = attached(init_r=5, lora_alpha=10)
     with pytest.raises(ValueError, match="holds 15 components, the interrupted run had 12"):
         allocator.load_state_dict(progress)
 
@@ -464,24 +507,48 @@ def test_training_after_detach_scores_nothing():
     assert allocator.step == 3
 
 
-def test_not_a_number_is_reported_with_the_modules_name_and_prunes_nothing():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [0, 1, 2])
+def test_a_bad_gradient_stops_the_step_before_it_does_harm(factor, bad):
     model, optimizer, allocator = attached(total_steps=10, prune_interval=2)
     train(model, optimizer, 2)
-    optimizer.zero_grad()
     model(data()[0]).sum().backward()
-    allocator.layers[1].gate.grad[0] = float("nan")
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    allocator.layers[1].parameters[factor].grad.view(-1)[0] = bad
+    kind = ("A", "B", "the gate c")[factor]
+    message = rf"gradient at step 3 in {kind} of module 'layers.1' \(1 modules in all\)"
+    with pytest.raises(FloatingPointError, match=message):
+        optimizer.step()
+    assert allocator.step == 2
+    after = (model.state_dict(), optimizer.state_dict()["state"])
+    for one, two in zip(before, after, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    optimizer.zero_grad()
+    train(model, optimizer, 8)  # the run can go on
+    assert live(allocator) == allocator.target_components
+
+
+@pytest.mark.parametrize("factor", [0, 1, 2])
+def test_bad_weights_are_reported_with_the_modules_name_and_prune_nothing(factor):
+    model, optimizer, allocator = attached(total_steps=10, prune_interval=2)
+    train(model, optimizer, 2)
+    scores = [m.ema.clone() for m in allocator.layers]
+    with torch.no_grad():
+        allocator.layers[1].parameters[factor].view(-1)[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"importance at step 3 in module 'layers.1' \(1 "):
         optimizer.step()
     assert all(bool(m.live.all()) for m in allocator.layers)
+    assert all(torch.equal(m.ema, s) for m, s in zip(allocator.layers, scores, strict=True))
 
 
-def test_finalizing_before_the_freeze_keeps_the_function_and_warns():
-    model, optimizer, allocator = attached(total_steps=40)
-    train(model, optimizer, 10)
+@pytest.mark.parametrize("steps", [10, 13, 15, 19])  # at a prune event, and on the way back from it
+def test_finalizing_before_the_freeze_keeps_the_function_and_warns(steps):
+    model, optimizer, allocator = attached(total_steps=40, prune_interval=4)
+    train(model, optimizer, steps)
     x, _ = data()
     before = model(x)
     with pytest.warns(
-        UserWarning, match="ended after 10 of 40 steps, before the ranks are frozen at"
+        UserWarning, match=f"ended after {steps} of 40 steps, before the ranks are frozen at"
     ):
         ranks = allocator.finalize_()
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)

@@ -44,6 +44,25 @@ def test_a_folder_of_files_gives_one_split_a_file_of_any_format(tmp_path):
     }
 
 
+def test_a_part_of_train_can_be_held_out_to_choose_by(tmp_path):
+    write(tmp_path / "train.csv", "text,label\n" + "".join(f"t{i},a\n" for i in range(20)))
+    write(tmp_path / "test.csv", "text,label\nx,a\n")
+    evals = {"validation": "held_out", "test": "test"}
+    splits = read_splits(DataSource(name=str(tmp_path), held_out=0.2, evals=evals))
+    held_out, train = set(splits.evals["validation"]["text"]), set(splits.train["text"])
+    assert (len(held_out), len(train)) == (4, 16)
+    assert not held_out & train
+    assert splits.evals["test"]["text"][:] == ["x"]
+    again = read_splits(DataSource(name=str(tmp_path), held_out=0.2, evals=evals))
+    assert set(again.evals["validation"]["text"]) == held_out
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_held_out_share_leaves_something_on_both_sides(share):
+    with pytest.raises(ValueError, match=f"held_out={share} must lie between 0 and 1"):
+        DataSource(name="d", held_out=share)
+
+
 def test_rows_can_be_limited(tmp_path):
     name = write(tmp_path / "all.csv", rows(100))
     splits = read_splits(DataSource(name=name, max_train_rows=7, max_eval_rows=3))

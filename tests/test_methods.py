@@ -80,6 +80,21 @@ def test_methods_of_one_budget_have_about_the_parameters_of_lora_at_that_rank():
         assert sum(adapted(method).ranks().values()) == 3 * 13
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("importance", "norm"),
+        ("schedule", "fast-slow"),
+        ("init", "lora"),
+        ("budget", "parameters"),
+        ("forget_pruned", True),
+    ],
+)
+def test_the_options_of_a_recipe_reach_the_config(field, value):
+    config = adapted("dynlora", AdapterOptions(**{field: value})).model.peft_config["default"]
+    assert getattr(config, field) == value
+
+
 def test_bitfit_trains_biases_alone():
     made = adapted("bitfit")
     trained = [n for n, p in made.model.named_parameters() if p.requires_grad]
@@ -203,11 +218,11 @@ def test_random_scores_are_drawn_once_and_by_the_seed_alone():
             self.ema = torch.zeros(4)
 
     first, second, other = ([Layer(), Layer()] for _ in range(3))
-    random_score(1)(first)
-    random_score(1)(second)
-    random_score(2)(other)
+    random_score(1)(first, 1)
+    random_score(1)(second, 1)
+    random_score(2)(other, 1)
     drawn = [layer.ema.clone() for layer in first]
-    random_score(1)(first)
+    random_score(1)(first, 1)
     assert all(torch.equal(a.ema, b) for a, b in zip(first, drawn, strict=True))
     assert all(torch.equal(a.ema, b.ema) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0].ema, other[0].ema)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.penalty import dem_of
-from dynlora.adapter.sharding import whole
+from dynlora.adapter.sharding import full_shape, whole
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def adapter_measures(layers: Sequence[GatedLayer]) -> dict[str, float]:
         gate_mean, gate_max: of abs(c) over the live components; 0 if there is none.
     """
     present = [m for m in layers if not m.is_dropped]
-    gates = [whole(m.gate.detach())[m.live].abs().float().cpu() for m in present]
+    gates = [whole(m.gate).detach()[m.live].abs().float().cpu() for m in present]
     values = torch.cat(gates) if gates else torch.zeros(0)
     return {
         "dem": float(dem_of(present)),
@@ -77,8 +77,8 @@ def component_sizes(layers: Sequence[GatedLayer]) -> dict[str, int]:
     sizes = {}
     for gated in layers:
         if not gated.is_dropped:
-            a, b, _ = gated.parameters
-            sizes[gated.name] = a.shape[1:].numel() + b.shape[0] * b.shape[2:].numel()
+            a, b, _ = (full_shape(p) for p in gated.parameters)
+            sizes[gated.name] = a[1:].numel() + b[0] * b[2:].numel()
     return sizes
 
 

@@ -1,9 +1,72 @@
-"""Telling one optimizer step from two hooks that fire for it."""
+"""Being told of every optimizer step, once, whatever optimizer it is."""
 
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
+
+from dynlora.adapter.zero import zero_optimizer
+
+Hook = Callable[[Any, Any, Any], Any]
+
+
+def steppable(optimizer: Any) -> Any:
+    """The torch or ZeRO optimizer inside a wrapper such as accelerate's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if (zero := zero_optimizer(optimizer)) is not None:
+        return zero
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__} must be a torch.optim.Optimizer, whose step hooks "
+            "drive the allocator; pass the inner torch optimizer."
+        )
+    return optimizer
+
+
+def attach(optimizer: Any, *, before: Hook, after: Hook) -> list[Any]:
+    """Call ``before`` and ``after`` around each step, with torch's hook arguments.
+
+    A ZeRO optimizer has no step hooks, so its ``step`` is wrapped; one that it skips for an overflow is
+    not reported to ``after``.
+
+    Returns:
+        Handles; ``remove()`` of each ends it.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return [_WrappedStep(optimizer, before, after)]
+    return [
+        optimizer.register_step_pre_hook(before),
+        optimizer.register_step_post_hook(after),
+    ]
+
+
+class _WrappedStep:
+    """A ZeRO optimizer whose ``step`` tells of itself."""
+
+    def __init__(self, optimizer: Any, before: Hook, after: Hook) -> None:
+        self.optimizer = optimizer
+        step = optimizer.step
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            before(optimizer, (optimizer, *args), kwargs)
+            result = step(*args, **kwargs)
+            if not optimizer.overflow:
+                after(optimizer, (optimizer, *args), kwargs)
+            return result
+
+        optimizer.step = told
+
+    def remove(self) -> None:
+        """Give the optimizer its own ``step`` back."""
+        self.optimizer.__dict__.pop("step", None)
 
 
 def is_inner_step(optimizer: Optimizer) -> bool:
@@ -20,6 +83,29 @@ def is_inner_step(optimizer: Optimizer) -> bool:
             wrappers += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return wrappers == 2
+
+
+def after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
+    """A closure for ``step`` that does ``action`` each time it has computed the gradients."""
+
+    def wrapped() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    return wrapped
+
+
+def loss_scale(optimizer: Any) -> Tensor | float | None:
+    """By how much the gradients in front of the coming step are still scaled up, None if not at all.
+
+    A fused torch optimizer unscales inside ``step``, and so does a ZeRO optimizer in fp16.
+    """
+    scale: Tensor | float | None = getattr(optimizer, "grad_scale", None)
+    if scale is None and not isinstance(optimizer, Optimizer):
+        scale = float(optimizer.loss_scale)
+        return None if scale == 1 else scale
+    return scale
 
 
 _TORCH_OPTIMIZER = Optimizer.__module__

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynlora.allocator import RankAllocator, Score
+from dynlora.allocator import RankAllocator
 from dynlora.history import HistoryFile
 from dynlora.live import LiveLogs, RankImage, calling_handler, stand_first
 from dynlora.measures import memory_bytes
+from dynlora.scoring import Score
 
 MAX_SKIPPED_STEPS = 40
 """fp16 only: a GradScaler starts at 2**16 and halves its scale at each skipped step, so more skips
@@ -159,8 +160,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Turn the adapter into a plain LoRA; whatever is saved from here on is stock PEFT.
 
-        Under FSDP shapes cannot change in place: the adapter stays gated, and a warning says how to
-        export it.
+        Under FSDP and ZeRO shapes cannot change in place: the adapter stays gated, and a warning says
+        how to export it.
         """
         allocator = self._running()
         if any(gated.is_sharded for gated in allocator.layers):
@@ -168,8 +169,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             allocator.detach()
             self._write_end(allocator)
             warnings.warn(
-                "The adapter is sharded by FSDP and stays gated. Call export_lora(trainer.model, folder) "
-                "on every process to write the plain LoRA; save_model writes one that needs dynlora.",
+                "The adapter is sharded (FSDP, ZeRO) and stays gated. Call "
+                "export_lora(trainer.model, folder) on every process to write the plain LoRA; save_model "
+                "writes one that needs dynlora.",
                 stacklevel=2,
             )
             return

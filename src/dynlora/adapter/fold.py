@@ -30,26 +30,24 @@ Folded = dict[str, tuple[Tensor, Tensor]]
 def fold(layer: GatedLayer) -> tuple[Tensor, Tensor]:
     """A' (live rank, in, ...) and B' (out, live rank, ...) of one layer, with scaling 1.
 
-    Folding is done in fp32 at least and returned in the factors' own dtype.
+    Live is what contributes: before the freeze a component may be on its way back, with a gate that is
+    no longer 0, and leaving it out would change the function. Folding is done in fp32 at least and
+    returned in the factors' own dtype.
     """
-    a, b, c = (whole(p.detach()) for p in layer.parameters)
-    return fold_factors(a, b, c, layer.live, scaling=layer.scaling)
+    a, b, c = (whole(p).detach() for p in layer.parameters)
+    return fold_factors(a, b, c, scaling=layer.scaling)
 
 
-def fold_factors(
-    a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, *, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """A' = A[keep] and B' = s · (B ⊙ c)[:, keep]; kept is what has a gate and is alive.
+def fold_factors(a: Tensor, b: Tensor, c: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """A' = A[keep] and B' = s · (B ⊙ c)[:, keep]; kept is what has a gate.
 
     Args:
         a: (rank, in, ...).
         b: (out, rank, ...).
         c: gates, (rank,); ones for a plain LoRA.
-        live: False where a component is pruned, (rank,); None if none is.
         scaling: s.
     """
-    keep = c != 0 if live is None else (c != 0) & live.to(c.device)
-    kept = keep.nonzero().flatten()
+    kept = c.nonzero().flatten()
     exact = torch.promote_types(b.dtype, torch.float32)
     gain = (c.to(exact) * scaling).view(1, -1, *[1] * (b.ndim - 2))
     folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, kept)
@@ -94,15 +92,15 @@ def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         Live rank by module name, zeros included.
 
     Raises:
-        ValueError: there is no such adapter, none of its components is alive, or FSDP shards it.
+        ValueError: there is no such adapter, none of its components is alive, or FSDP or ZeRO shards it.
     """
     adapter, config = find_config(model, adapter)
     layers = find_gated_layers(model, adapter)
     if any(m.is_sharded for m in layers):
         raise ValueError(
-            f"adapter={adapter!r} is sharded over several processes (FSDP) and cannot change its shapes "
-            "in place. Call export_lora(model, folder) on every process: it gathers the adapter and the "
-            "first process writes the plain LoRA."
+            f"adapter={adapter!r} is sharded over several processes (FSDP, ZeRO) and cannot change its "
+            "shapes in place. Call export_lora(model, folder) on every process: it gathers the adapter and "
+            "the first process writes the plain LoRA."
         )
     folded = fold_all(layers)
     ranks = {m.name: folded[m.name][0].shape[0] if m.name in folded else 0 for m in layers}
@@ -111,9 +109,10 @@ def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         stop_waiting(gated.layer, adapter)
         if ranks[gated.name]:
             _install_(gated, *folded[gated.name])
+    base_model = unwrapped(model)
     for gated in layers:
         if ranks[gated.name] == 0:
-            _remove_(model, gated)
+            _remove_(base_model, gated)
     swap_config_(model, adapter, plain)
     return ranks
 
@@ -130,7 +129,7 @@ def _install_(gated: GatedLayer, a: Tensor, b: Tensor) -> None:
             del layer.lora_variant[adapter]
     else:
         lora_a = layer.lora_A[adapter]
-        del lora_a.c
+        del lora_a.c, lora_a.is_fused
         lora_a.__class__ = type(lora_a).__bases__[0]
         lora_a.weight, layer.lora_B[adapter].weight = new_a, new_b
     layer.use_rslora[adapter] = False
@@ -153,12 +152,12 @@ def _forget_gates_(layer: Any, adapter: str) -> None:
         layer.__class__ = layer.stock_class
 
 
-def _remove_(model: nn.Module, gated: GatedLayer) -> None:
+def _remove_(base_model: nn.Module, gated: GatedLayer) -> None:
     """Take a rank-0 adapter out of its layer, and the layer out of the model if it was the last.
 
     PEFT's ``delete_adapter`` would make another adapter active in this one layer only.
     """
-    layer, base_model = gated.layer, unwrapped(model)
+    layer = gated.layer
     entries = (*layer.adapter_layer_names, *layer.other_param_names)
     _forget_gates_(layer, gated.adapter)
     for name in entries:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dynlora.adapter.components import configs_of, find_config, find_gated_layers, unwrapped
 from dynlora.adapter.config import DynLoraConfig
+from dynlora.adapter.flat_shards import without_wrappers
 from dynlora.adapter.fold import fold_all
 from dynlora.adapter.patterns import plain_config
-from dynlora.adapter.sharding import whole
+from dynlora.adapter.sharding import needs_full_gradient, whole
 from dynlora.distributed import is_first_process
 from dynlora.export.folder import checked_folder, write_adapter
 from dynlora.export.source import PREFIX
@@ -76,7 +77,7 @@ def plain_lora(
                 tensors[f"{PREFIX}{name}.lora_{key}"] = factor
     config.inference_mode = True
     return config, {
-        key: whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()
+        key: whole(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()
     }
 
 
@@ -92,5 +93,10 @@ def _finished_adapter(model: nn.Module, adapter: str | None) -> str | None:
 
 def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     holder = next((m for m in model.modules() if isinstance(m, PeftModel)), unwrapped(model))
-    tensors = get_peft_model_state_dict(holder, adapter_name=adapter)
+    named = [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers()]
+    if any(needs_full_gradient(p) for _, p in named):  # state_dict() would hold parts of them
+        state = {without_wrappers(name): tensor for name, tensor in named}
+        tensors = get_peft_model_state_dict(holder, state_dict=state, adapter_name=adapter)
+    else:
+        tensors = get_peft_model_state_dict(holder, adapter_name=adapter)
     return {k if k.startswith(PREFIX) else PREFIX + k: v for k, v in tensors.items()}

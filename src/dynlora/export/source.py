@@ -150,9 +150,8 @@ def _folded(
                 f"{folder}: module {name!r} has factors of rank {a.shape[0]} and {b.shape[1]}; the file "
                 "is damaged."
             )
-        live = part.get("live")
         gate = part.get("c", torch.ones(a.shape[0]))
-        factors[name] = fold_factors(a, b, gate, live, scaling=scaling_of(config, name))
+        factors[name] = fold_factors(a, b, gate, scaling=scaling_of(config, name))
         shapes[name] = (tuple(a.shape[1:]), (b.shape[0], *b.shape[2:]))
     pad_halves(factors)
     alive = {name: pair for name, pair in factors.items() if pair[0].shape[0]}

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from dynlora.adapter.config import Budget, Importance, Init
+from dynlora.allocation import Schedule
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
@@ -22,7 +25,8 @@ class AdapterOptions:
         dem_weight: η of Eq. 10; 0 is off.
         revival: whether a pruned component may come back before the freeze.
         compact: whether dead components leave the model at the freeze.
-        init_std: standard deviation of A and B; None is the paper's Kaiming init.
+        init_std: standard deviation of A and B; None is the Kaiming init that ``init`` names.
+        init, importance, schedule, budget, forget_pruned: of ``dynlora``; see DynLoraConfig.
         bottleneck: width of ``houlsby`` and ``pfeiffer``; None: as wide as the budget allows.
     """
 
@@ -40,6 +44,11 @@ class AdapterOptions:
     revival: bool = True
     compact: bool = True
     init_std: float | None = None
+    init: Init = "kaiming"
+    importance: Importance = "share"
+    schedule: Schedule = "slow-fast"
+    budget: Budget = "components"
+    forget_pruned: bool = False
     bottleneck: int | None = None
 
     def __post_init__(self) -> None:

@@ -21,6 +21,9 @@ BUILDERS = {
 }
 
 
+HELD_OUT = "held_out"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     """The recipe's section ``data``: which rows train, and which ones measure.
@@ -34,6 +37,8 @@ class DataSource:
         evals: split to measure on, or several as name to split (``{matched: validation_matched}``);
             None: the first of validation, dev, test; if there is none, ``eval_share`` of the rows.
         eval_share: share of ``train`` that is held out where the data has no other split, in (0, 1).
+        held_out: share of ``train`` that is not trained on but is a further split named ``held_out``,
+            which ``evals`` may name: to choose by, where the other splits must only measure.
         max_train_rows, max_eval_rows: only the first so many after a shuffle with ``split_seed``.
         split_seed: decides what is held out and kept, whatever the seed of the run.
     """
@@ -44,6 +49,7 @@ class DataSource:
     train: str = "train"
     evals: str | dict[str, str] | None = None
     eval_share: float = 0.15
+    held_out: float | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     split_seed: int = 0
@@ -56,6 +62,8 @@ class DataSource:
         """
         if not 0 < self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} must lie between 0 and 1.")
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out} must lie between 0 and 1.")
         for name in ("max_train_rows", "max_eval_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,6 +96,9 @@ def read_splits(source: DataSource) -> Splits:
         raise RecipeError(
             f"data {source.name!r} has no split {source.train!r}, found {sorted(rows)}; set data.train."
         )
+    if source.held_out is not None:
+        both = rows[source.train].train_test_split(source.held_out, seed=source.split_seed)
+        rows = DatasetDict({**rows, source.train: both["train"], HELD_OUT: both["test"]})
     train = rows[source.train]
     wanted = _eval_names(source, rows)
     if wanted is None:

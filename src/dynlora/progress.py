@@ -1,0 +1,106 @@
+"""Whether the saved progress of a run belongs to the run that is about to go on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynlora.adapter.components import GatedLayer
+
+STATE_VERSION = 1
+_SAME_SCALING = 1e-6
+"""Relative; a scaling rebuilt as alpha / rank may differ from the first one in its last bit."""
+
+
+def check_state(state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Refuse a state that is damaged, another version's, or made for another plan.
+
+    Args:
+        state: what ``RankAllocator.state_dict`` wrote, perhaps through JSON and a disk.
+        plan: what must not change between the parts of one run, ``modules`` (name -> scaling) included.
+
+    Raises:
+        ValueError: it cannot be continued; the message names the field and both values.
+    """
+    if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+        found = state.get("version") if isinstance(state, Mapping) else state
+        raise ValueError(
+            f"state has version {found!r}, this dynlora reads {STATE_VERSION}: resume "
+            "with the version that wrote it."
+        )
+    _check_form(state, plan)
+    for name, value in plan.items():
+        if name == "modules":
+            _check_modules(state[name], value)
+        elif state[name] != value:
+            raise ValueError(
+                f"{name}={value!r} differs from the interrupted run's {state[name]!r}: the schedule "
+                "would change under way. Resume with the same settings, or start a new run."
+            )
+
+
+def check_model(state: Mapping[str, Any], layers: Sequence[GatedLayer]) -> None:
+    """Refuse to continue with a model whose adapter is not the one of ``state``.
+
+    Raises:
+        ValueError: its adapter has other components, or scores that are missing or not finite.
+    """
+    stored = sum(m.num_components for m in layers)
+    if not state["is_frozen"] and stored != state["num_components"]:
+        raise ValueError(
+            f"model holds {stored} components, the interrupted run had {state['num_components']}: "
+            "load the adapter weights of that run's checkpoint first."
+        )
+    live = sum(int(m.live.sum()) for m in layers)
+    if state["is_frozen"] and live != state["target_components"]:
+        raise ValueError(
+            f"model holds {live} live components, the interrupted run was frozen at "
+            f"{state['target_components']}: load the adapter weights of that run's checkpoint first."
+        )
+    if state["step"] and not any(bool(m.ema.any()) for m in layers):
+        raise ValueError(
+            "model holds no importance scores: load the checkpoint's adapter weights, with their "
+            "lora_ema buffers, before the allocator's state."
+        )
+    bad = [m.name for m in layers if not bool(m.ema.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"model holds importance scores that are not finite, first in module {bad[0]!r}: the "
+            "checkpoint was written after its run had failed. Resume from an earlier one."
+        )
+
+
+def _check_form(state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    forms = {"step": int, "is_frozen": bool, "num_components": int, "window": list, "history": list}
+    for name, form in {**forms, "modules": dict}.items():
+        if not isinstance(state.get(name), form) or (form is int and isinstance(state[name], bool)):
+            raise ValueError(
+                f"state holds {name}={state.get(name)!r}, no {form.__name__}: the file is damaged. "
+                "Resume from another checkpoint."
+            )
+    missing = sorted(plan.keys() - state.keys())
+    window = state["window"]
+    is_window = len(window) == 2 and all(type(t) is int for t in window) and window[0] < window[1]
+    is_history = all(isinstance(event, dict) for event in state["history"])
+    if missing or not is_window or not is_history or not 0 <= state["step"] <= plan["total_steps"]:
+        raise ValueError(
+            f"state is damaged: step={state['step']!r} of {plan['total_steps']}, window={window!r}, "
+            f"missing {missing}. Resume from another checkpoint."
+        )
+
+
+def _check_modules(saved: Mapping[str, float], present: Mapping[str, float]) -> None:
+    gone, new = sorted(saved.keys() - present.keys()), sorted(present.keys() - saved.keys())
+    if gone or new:
+        raise ValueError(
+            f"modules differ from the interrupted run's: {gone[:3]} were adapted there and are not here, "
+            f"{new[:3]} are new. Resume with the same base model and target_modules."
+        )
+    for name, scaling in present.items():
+        was = saved[name]
+        if not isinstance(was, int | float) or not math.isclose(
+            scaling, was, rel_tol=_SAME_SCALING
+        ):
+            raise ValueError(
+                f"scaling={scaling!r} of module {name!r} differs from the interrupted run's {was!r}: the "
+                "function would jump. Resume with the same lora_alpha, init_r, rank_pattern and use_rslora."
+            )
