@@ -115,6 +115,16 @@ def test_the_pause_before_a_resume_is_no_run_time(tmp_path):
     assert read_run(tmp_path).seconds == 14
 
 
+def test_the_ranks_of_the_best_checkpoint_are_the_final_ones(tmp_path):
+    """load_best_model_at_end may bring back ranks from before the last prune event."""
+    file = HistoryFile(tmp_path)
+    for event, step, rank in [("start", 0, 3), ("prune", 5, 1), ("end", 9, 2)]:
+        file.append(
+            {"event": event, "step": step, "time": 0.0, "ranks": {"l.0.a": rank}, "budget": rank}
+        )
+    assert read_run(tmp_path).ranks == {"l.0.a": 2}
+
+
 def test_a_run_without_ranks_is_read_from_its_record(tmp_path):
     record = {"recipe": {"method": "lora"}, "seed": 3, "status": "done", "train_s": 8.0,
               "evaluations": [{"step": 10, "eval_loss": 0.5}]}  # fmt: skip

@@ -151,6 +151,9 @@ def _from_events(events: list[Event], name: str, folder: Path, record: dict[str,
     if "ranks" in first:
         ranks = first["ranks"]
         states.insert(0, RankState(first["step"], sum(ranks.values()), ranks))
+    ends = [e for e in events if e["event"] == "end" and e.get("ranks")]
+    if ends and states and ends[-1]["ranks"] != states[-1].ranks:  # the best checkpoint was another
+        states.append(RankState(ends[-1]["step"], ends[-1]["budget"], ends[-1]["ranks"]))
     logs = [(e["step"], _numbers(e.get("logs", {}))) for e in events if e["event"] == "log"]
     if not events:
         logs = [(e["step"], _numbers(e)) for e in record.get("evaluations", []) if "step" in e]
