@@ -93,8 +93,9 @@ def test_every_test_that_the_docs_name_exists():
     }
     everything = "\n".join(sources.values())
     named = set()
-    for page in (ROOT / "docs").glob("*.md"):
-        named |= set(re.findall(r"`(test_\w+)(?:\.py|…|`)", page.read_text(encoding="utf-8")))
+    for page in ("method.md", "compatibility.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        named |= set(re.findall(r"`(test_\w+)(?:\.py|…|`)", text))
     assert len(named) > 30
     for name in named:
         assert f"{name}.py" in sources or f"def {name}" in everything, name
