@@ -8,6 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench_results import cell, failed, result, score, small_suite
+from dynlora.bench.quick import quick_suite
 from dynlora.bench.worker import slots
 from dynlora.cli.bench import Watch, progress_view
 from dynlora.cli.main import app
@@ -33,6 +34,17 @@ def test_an_unfit_suite_is_one_line_and_exit_code_2(tmp_path):
     assert ran.exit_code == 2
     assert "unknown field 'sedes'; did you mean 'seeds'" in " ".join(ran.stderr.split())
     assert ran.stderr.count("\n") == 1
+
+
+def test_data_that_is_missing_stops_the_bench_before_any_cell(tmp_path):
+    values = quick_suite(tmp_path / "parts").to_dict()
+    values["tasks"]["glosses"]["data"] = {"name": str(tmp_path / "none.csv")}
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf8")
+    ran = bench(path, "--results", tmp_path / "results")
+    assert ran.exit_code == 2
+    assert "task 'glosses': data " in ran.stderr
+    assert not list((tmp_path / "results" / "cells").iterdir())
 
 
 def shown(suite, results, watch=None):

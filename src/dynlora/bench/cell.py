@@ -30,7 +30,9 @@ def main(spec_path: Path) -> None:
     run(recipe)
     record = read_run(recipe.output)
     result = cell_result(recipe, record, select=spec["select"], report=spec["report"])
-    result |= {"started": started, "peak_memory_bytes": _peak_memory_bytes()}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    result |= {"started": started, "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
+    result |= {"peak_memory_bytes": _peak_memory_bytes()}
     write_json(Path(spec["result"]), {**result, "cell": spec["cell"], "command": spec["command"]})
 
 

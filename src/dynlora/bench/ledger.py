@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import time
 import uuid
@@ -14,6 +15,7 @@ import psutil
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from dynlora.bench.results import DONE, Result
 
@@ -22,6 +24,8 @@ LEASE_S = 180.0
 
 MAX_DEATHS = 2
 """Attempts that may end without a word (killed, out of memory) before a cell counts as failed."""
+
+MAX_RACES = 5  # for the tables of a new database
 
 
 class Ledger:
@@ -168,7 +172,12 @@ def is_alive(trial: FrozenTrial) -> bool:
 
 
 def _storage(url: str | None, journal: Path) -> BaseStorage:
-    if url is not None:
-        return RDBStorage(url)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(journal)))
+    if url is None:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(journal)))
+    for _ in range(MAX_RACES):
+        try:
+            return RDBStorage(url)
+        except (IntegrityError, ProgrammingError):  # another worker makes the tables just now
+            time.sleep(random.uniform(0.5, 2))  # noqa: S311 (no secret)
+    return RDBStorage(url)

@@ -1,14 +1,16 @@
 """A suite: which tasks, methods, learning rates and seeds make an experiment, read from YAML."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dynlora.tasks.offline import offline_model
 from dynlora.tasks.recipe import recipe_from
+from dynlora.tasks.run import checked_data
 from dynlora.tasks.typed_fields import RecipeError, build, unknown_name
 
 OWN_FIELDS = ("recipe", "learning_rates", "report", "scale")  # of a task, beside its recipe's
@@ -170,6 +172,27 @@ def check_recipes(suite: Suite) -> None:
                 raise RecipeError(
                     f"task {task!r}: data.evals={sets} has no set {missing[0]!r}; the suite reports it."
                 )
+
+
+def check_parts(suite: Suite, tasks: Iterable[str]) -> None:
+    """Read the data of ``tasks`` and look for their models, as their cells will.
+
+    A part that is missing would otherwise fail cell after cell, each on record as tried.
+
+    Raises:
+        RecipeError: names the task whose data or model is missing or unfit, and the way out.
+    """
+    for task in tasks:
+        rate = suite.rates(task, suite.baseline)[0]
+        cell = Cell(task=task, method=suite.baseline, learning_rate=rate, seed=suite.seeds[0])
+        recipe = recipe_from(suite.recipe(cell, Path("cell")))
+        try:
+            checked_data(recipe)
+            kind, _, name = recipe.model.partition(":")
+            if kind == "offline":
+                offline_model(name)
+        except RecipeError as error:
+            raise RecipeError(f"task {task!r}: {error}") from error
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

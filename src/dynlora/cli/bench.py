@@ -24,7 +24,7 @@ from dynlora.bench.results import (
     open_folder,
     read_results,
 )
-from dynlora.bench.suite import Cell, Suite, read_suite
+from dynlora.bench.suite import Cell, Suite, check_parts, read_suite
 from dynlora.bench.worker import Bench, Listener, run_workers, slots, synchronised
 from dynlora.cli.terminal import (
     FAILED as EXIT_FAILED,
@@ -92,6 +92,8 @@ def bench(wishes: Wishes) -> int:
             shared = _shared(wishes, suite, folder)
             if wishes.retry_failed:
                 _free_failed(shared)
+            due = shared.due(read_results(shared.folder))
+            check_parts(suite, dict.fromkeys(cell.task for cell in due))
             _run(shared, wishes)
             if shared.stop.is_set():
                 print_error(f"stopped; go on with: {shared.command}")
