@@ -225,6 +225,7 @@ def test_gradient_checkpointing_ends_at_the_same_weights(use_reentrant):
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model_is_compiled_once_more_at_most(in_place):
     expected = run(ELEMENTWISE["adamw"], target_r=0.34)[3]

@@ -73,7 +73,7 @@ def test_the_defaults_in_the_table_are_the_configs():
                 expected = "12"
             assert str(getattr(config, field)) == expected, field
             checked += 1
-    assert checked == 18
+    assert checked == 19
 
 
 def test_the_make_targets_in_the_readme_exist():
@@ -93,8 +93,9 @@ def test_every_test_that_the_docs_name_exists():
     }
     everything = "\n".join(sources.values())
     named = set()
-    for page in (ROOT / "docs").glob("*.md"):
-        named |= set(re.findall(r"`(test_\w+)(?:\.py|…|`)", page.read_text(encoding="utf-8")))
+    for page in ("method.md", "compatibility.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        named |= set(re.findall(r"`(test_\w+)(?:\.py|…|`)", text))
     assert len(named) > 30
     for name in named:
         assert f"{name}.py" in sources or f"def {name}" in everything, name

@@ -58,17 +58,27 @@ def check_others(model: nn.Module, config: Any, stored: StoredAdapter) -> None:
     of the vocabulary, which PEFT saves by itself where they were resized.
     """
     known = [*(config.modules_to_save or ()), "embed_tokens", "lm_head"]
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(model, getter) and (embedding := getattr(model, getter)()) is not None:
-            known += [name for name, module in model.named_modules() if module is embedding]
+    embeddings = _embeddings(model)
+    known += [name for name, module in model.named_modules() if module in embeddings]
     for key in stored.others:
         is_bias = config.bias != "none" and key.endswith(".bias")
         is_token = config.trainable_token_indices and "trainable_tokens" in key
-        if not is_bias and not is_token and not any(f".{n}." in f".{key}" for n in known):
+        # PEFT saves every module whose name ends so: DistilBERT's pre_classifier with the classifier
+        if not is_bias and not is_token and not any(f"{n}." in key for n in known):
             raise AdapterFileError(
                 f"entry {key!r} belongs to no adapter: loading it would overwrite a weight of the base "
                 "model. Remove it, or name its module in modules_to_save if it was trained."
             )
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter, lambda: None)())
+        except NotImplementedError:  # transformers, of a model with two vocabularies or none
+            continue
+    return [embedding for embedding in found if embedding is not None]
 
 
 def check_same_modules(names: list[str], stored: StoredAdapter) -> None:

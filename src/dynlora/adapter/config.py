@@ -260,9 +260,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
                 "ceil(1.5 * target_r)."
             )
         for name, rank in (self.rank_pattern or {}).items():
-            if not _is_integer(rank) or rank < 1:
+            if not _is_integer(rank) or rank < 0:  # 0 is a module that has lost all components
                 raise ValueError(
-                    f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of at least 1; name a "
+                    f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of at least 0; name a "
                     "module in exclude_modules to leave it out."
                 )
         for name, alpha in (self.alpha_pattern or {}).items():

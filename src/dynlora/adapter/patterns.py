@@ -128,7 +128,8 @@ def ragged_config(config: DynLoraConfig, layers: list[GatedLayer]) -> DynLoraCon
             named[name] = half
     ragged = copy.copy(config)
     ragged.rank_pattern = {module_key(n): m.num_components for n, m in named.items()}
-    ragged.alpha_pattern = {
-        module_key(n): m.layer.lora_alpha[m.adapter] for n, m in named.items() if m.num_components
+    ragged.alpha_pattern = {  # a module of rank 0 is built with one component, to the same scaling
+        module_key(n): m.layer.lora_alpha[m.adapter] if m.num_components else m.scaling
+        for n, m in named.items()
     }
     return ragged
