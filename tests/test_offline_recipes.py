@@ -1,5 +1,6 @@
 """The recipes that need no hub: all are readable, and each runs, shortened, on the real thing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from dynlora.tasks.assets import CATALOGUE, AssetError, fetch_with_sources
 from dynlora.tasks.recipe import read_recipe
 from dynlora.tasks.run import run
 
-RECIPES = {path.stem: path for path in sorted(Path("recipes/offline").glob("*.yaml"))}
+ROOT = Path(__file__).parent.parent
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes" / "offline").glob("*.yaml"))}
+RESULTS = sorted((ROOT / "benchmarks" / "results" / "offline-runs").glob("*.json"))
 SMALL = {"max_train_rows": 960, "max_eval_rows": 200}
 
 # Shorter than the recipe, long enough to leave the frozen model and the constant answer behind; the
@@ -46,6 +49,36 @@ def test_a_recipe_says_what_to_fetch_for_it(name):
     assert CATALOGUE[data].kind == "data"
     first_line = RECIPES[name].read_text(encoding="utf8").splitlines()[0]
     assert first_line == f"# dynlora assets fetch {model} {data}"
+
+
+def table_row(path):
+    """A finished run as a line of the table in docs/offline.md."""
+    record = json.loads(path.read_text(encoding="utf8"))
+    metric = record["metric"].removeprefix("eval_")
+    constant = record["baselines"].get(metric)
+    budget = record["budget"]
+    cells = [
+        f"`{path.stem}`",
+        metric,
+        "" if constant is None else f"{constant:.3f}",
+        f"{record['evaluations'][0][record['metric']]:.3f}",
+        f"**{record['metrics'][record['metric']]:.3f}**",
+        f"{budget['components_start']} → {budget['components_end']}",
+        str(record["steps"]),
+        str(record["seed"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_table_of_runs_says_what_their_records_say(path):
+    page = (ROOT / "docs" / "offline.md").read_text(encoding="utf8")
+    assert table_row(path) in page.splitlines()
+    record = json.loads(path.read_text(encoding="utf8"))
+    recipe = read_recipe(RECIPES[path.stem])
+    assert record["status"] == "done"
+    assert record["recipe"]["training"] == recipe.training
+    assert record["recipe"]["data"]["max_train_rows"] == recipe.data.max_train_rows
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ class Options:
         text: column with what is said.
         language: code such as "de", which a multilingual model needs.
         max_seconds: longer recordings are left out, and the encoder hears windows of this length
-            instead of 30 s, which makes short recordings cheap; at most 30.
+            instead of 30 s, which makes short recordings cheap; at most 30. Below about 10 s Whisper
+            tends to repeat itself.
         max_target_length: tokens of a text; more are cut off.
         num_beams: of the beam search that measures; 1 takes the likeliest token each time.
     """
@@ -205,7 +206,8 @@ def _encoded(
     """Tokens as the model is to write them after the start token: prompt, text, end."""
     tokens = []
     for text in rows["text"][:]:
-        plain = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+        # Whisper begins what it writes with a space
+        plain = tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"]
         tokens.append([*prompt, *plain[: options.max_target_length - 1], tokenizer.eos_token_id])
     return rows.select_columns(["audio"]).add_column("labels", tokens)
 

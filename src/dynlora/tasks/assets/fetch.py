@@ -70,6 +70,7 @@ def fetch_asset(asset: Asset, *, announce: Announce) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="incoming-") as scratch:
             incoming = Path(scratch) / asset.name
+            announce(f"Fetching {asset.name}, only once, into {folder.parent}")
             if asset.hub is None or not fetch_from_hub(asset.hub, incoming):
                 incoming = Path(scratch) / "built"
                 incoming.mkdir()
