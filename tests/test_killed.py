@@ -12,16 +12,20 @@ from dynlora import last_checkpoint
 WORKER = Path(__file__).with_name("worker_kill.py")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_runs_end_bit_for_bit_like_the_uninterrupted_one(tmp_path):
-    """Trainer and plain loop; before, in and after the window, in every write, in the compaction."""
+    """Trainer and plain loop; before, in and after the window, in every write, in the compaction.
+
+    Others end with an error in the middle of a write, on a full disk or in a read-only folder.
+    """
     command = [sys.executable, WORKER, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 20
+    assert len(rows) == 17 + 16 + 2
     assert [row["name"] for row in rows if not row["died"]] == []
-    assert [row["name"] for row in rows if not row["same"]] == []
+    controls = ["trainer_run control", "loop_run control"]  # what they lost must be noticed
+    assert [row["name"] for row in rows if not row["same"]] == controls
 
 
 def write(folder, step, text):

@@ -215,11 +215,11 @@ def test_random_scores_are_drawn_once_and_by_the_seed_alone():
             self.ema = torch.zeros(4)
 
     first, second, other = ([Layer(), Layer()] for _ in range(3))
-    random_score(1)(first)
-    random_score(1)(second)
-    random_score(2)(other)
+    random_score(1)(first, 1)
+    random_score(1)(second, 1)
+    random_score(2)(other, 1)
     drawn = [layer.ema.clone() for layer in first]
-    random_score(1)(first)
+    random_score(1)(first, 1)
     assert all(torch.equal(a.ema, b) for a, b in zip(first, drawn, strict=True))
     assert all(torch.equal(a.ema, b.ema) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0].ema, other[0].ema)

@@ -5,6 +5,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -26,15 +28,14 @@ AT_STEP = [("step", n) for n in (1, 3, 6, 9, 14, 15, 16, 21, 29)]
 IN_WRITE = [
     (kind, n) for kind, n in (("adapter", 8), ("optimizer", 16), ("state", 14), ("state", 30))
 ]
-TRAINER_KILLS = [*AT_STEP, *IN_WRITE, ("compaction", 15)]
+TRAINER_KILLS = [
+    *AT_STEP, *IN_WRITE, ("compaction", 15), ("full disk", 8), ("full disk", 16), ("read-only", 20),
+]  # fmt: skip
 LOOP_KILLS = [
-    ("step", 5),
-    ("step", 12),
-    ("step", 15),
-    ("step", 24),
-    ("write", 16),
-    ("compaction", 15),
-]
+    *(("step", n) for n in (1, 3, 5, 9, 12, 14, 15, 16, 24, 30)),
+    *(("write", n) for n in (6, 16, 30)), ("compaction", 15), ("full disk", 14), ("full disk", 18),
+]  # fmt: skip
+NO_SPACE = 3  # exit code of a run that ends with an error, where the others are killed
 
 
 def die(*_args, **_kwargs):
@@ -67,19 +68,37 @@ class DieAtStep(TrainerCallback):
             die()
 
 
+def fill_disk():
+    """From now on no file can grow beyond 200 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def lose_rights(folder):
+    """From now on this process cannot write into the folder."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # the superuser may write anywhere
+    else:
+        Path(folder).chmod(0o555)
+
+
 def arm(kind, step, current_step):
     """Make the next write of ``kind`` at ``step`` die in its middle."""
     real_save, real_json = torch.save, transformers.TrainerState.save_to_json
     real_adapter = sys.modules["peft.peft_model"].safe_save_file
 
     def save(thing, path, *args, **kwargs):
-        if kind == "optimizer" and "optimizer" in str(path) and current_step() == step:
-            die_after_half(path, b"PK" * 500)
+        if "optimizer" in str(path) and current_step() == step:
+            if kind == "optimizer":
+                die_after_half(path, b"PK" * 500)
+            if kind == "read-only":
+                lose_rights(Path(path).parent)
         return real_save(thing, path, *args, **kwargs)
 
     def save_adapter(tensors, path, *args, **kwargs):
         if kind == "adapter" and current_step() == step:
             die_after_half(path, b"\x10" * 500)
+        if kind == "full disk" and current_step() == step:
+            fill_disk()
         return real_adapter(tensors, path, *args, **kwargs)
 
     def save_json(self, path):
@@ -131,7 +150,7 @@ def loop_run(folder, kill=None):
     if state:
         model.load_state_dict(state["model"])
     optimizer = adamw(model)
-    if state:
+    if state and kind != "forget":
         optimizer.load_state_dict(state["optimizer"])
     allocator = RankAllocator(model, optimizer, total_steps=STEPS)
     if state:
@@ -156,6 +175,8 @@ def loop_run(folder, kill=None):
             temporary = saved.with_suffix(".part")
             if (kind, at) == ("write", allocator.step):
                 die_after_half(temporary, b"PK" * 500)
+            if (kind, at) == ("full disk", allocator.step):
+                fill_disk()
             torch.save(content, temporary)
             temporary.replace(saved)
     ranks = allocator.finalize_()
@@ -169,10 +190,18 @@ def in_child(run, folder, kill=None):
     if child == 0:
         torch.set_num_threads(1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        torch.save(run(folder, kill), Path(folder) / "result.pt")
+        try:
+            content = run(folder, kill)
+        except (OSError, RuntimeError, SafetensorError):
+            if kill is None or kill[0] not in {"full disk", "read-only"}:
+                raise
+            os._exit(NO_SPACE)
+        torch.save(content, Path(folder) / "result.pt")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if os.waitstatus_to_exitcode(status) == NO_SPACE:
         return False
     if status:
         raise SystemExit(f"child of {run.__name__} with kill={kill} failed: {status}")
@@ -191,6 +220,11 @@ def same(one, two):
     return one[:2] == two[:2] and tensors
 
 
+def report(name, folder, whole, *, died):
+    row = {"name": name, "died": died, "same": same(result(folder), result(whole))}
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
 def main(root):
     for run, kills in ((trainer_run, TRAINER_KILLS), (loop_run, LOOP_KILLS)):
         whole = tempfile.mkdtemp(dir=root)
@@ -199,9 +233,13 @@ def main(root):
             folder = tempfile.mkdtemp(dir=root)
             died = not in_child(run, folder, kill)
             in_child(run, folder)
-            name = f"{run.__name__} {kill[0]} {kill[1]}"
-            row = {"name": name, "died": died, "same": same(result(folder), result(whole))}
-            sys.stdout.write(json.dumps(row) + "\n")
+            report(f"{run.__name__} {kill[0]} {kill[1]}", folder, whole, died=died)
+        control = tempfile.mkdtemp(dir=root)  # a run that loses its optimizer's state must differ
+        died = not in_child(run, control, ("step", 13))
+        if run is trainer_run:
+            Path(last_checkpoint(control), "optimizer.pt").unlink()
+        in_child(run, control, ("forget", 0))
+        report(f"{run.__name__} control", control, whole, died=died)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """RankAllocator: joins the equations, the gated layers and an optimizer. All run state is here."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,17 +12,18 @@ from dynlora.adapter.components import GatedLayer, find_config, find_gated_layer
 from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
-from dynlora.adapter.sharding import laid_out, needs_full_gradient, scale_all_
+from dynlora.adapter.sharding import laid_out, scale_all_
 from dynlora.compaction import compact_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
-from dynlora.health import check_gradients, check_importance
+from dynlora.health import can_look, check_gradients, check_importance
 from dynlora.measures import component_sizes, prune_event
 from dynlora.moments import forget_pruned_
 from dynlora.optimizer_state import CannotShrinkError
 from dynlora.parameter_budget import fitting
+from dynlora.preflight import check_optimizer, check_shards, known_total_steps, target_components
 from dynlora.progress import STATE_VERSION, check_model, check_state
 from dynlora.scoring import Score, add_dem_gradients_, chosen_score
-from dynlora.stepping import attach, is_inner_step, loss_scale, steppable
+from dynlora.stepping import after_closure, attach, is_inner_step, loss_scale, steppable
 
 
 class RankAllocator:
@@ -74,18 +74,12 @@ class RankAllocator:
                 f"adapter={self.adapter!r} is not trainable: its gates receive no gradient. Load it "
                 "with is_trainable=True, or activate it with model.set_adapter(...)."
             )
-        self.total_steps = self._checked_total_steps(total_steps)
+        self.total_steps = known_total_steps(self.config, total_steps)
         self.start, self.stop = allocation.pruning_window(
             self.total_steps, prune_start=self.config.prune_start, prune_end=self.config.prune_end
         )
         self.num_components = sum(m.num_components for m in self.layers)
-        self.target_components = max(1, int(self.config.target_r * len(self.layers) + 0.5))
-        if self.target_components > self.num_components:
-            raise ValueError(
-                f"target_r={self.config.target_r} asks for {self.target_components} components, but "
-                f"the {len(self.layers)} adapted modules start with {self.num_components}. Lower "
-                "target_r, or raise init_r or rank_pattern."
-            )
+        self.target_components = target_components(self.config, self.layers)
         self.step = 0
         self.is_frozen = False
         self._has_seen_a_step = False
@@ -93,8 +87,8 @@ class RankAllocator:
         self._copies: list[tuple[nn.Module, list[GatedLayer]]] = []
         self._held: list[tuple[GatedLayer, Tensor]] = []  # layers with dead components, and masks
         self.optimizer = steppable(optimizer)
-        self._check_optimizer_holds_adapter()
-        self._check_shards()
+        check_optimizer(self.optimizer, self.layers)
+        check_shards(self.config, self.layers)
         self._finder = DdpFinder(model)
         self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)
         for gated in self.layers:
@@ -250,40 +244,6 @@ class RankAllocator:
             "modules": {m.name: m.scaling for m in self.layers},
         }
 
-    def _checked_total_steps(self, total_steps: int | None) -> int:
-        planned = self.config.total_steps
-        if total_steps is None and planned is None:
-            raise ValueError(
-                "total_steps is unknown: the schedule needs the number of optimizer steps of the whole "
-                "run. Pass RankAllocator(..., total_steps=...) or DynLoraConfig(total_steps=...)."
-            )
-        if total_steps is not None and planned is not None and total_steps != planned:
-            raise ValueError(
-                f"total_steps={total_steps} differs from DynLoraConfig(total_steps={planned}). Leave it "
-                "out of the config to follow the trainer."
-            )
-        return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
-
-    def _check_optimizer_holds_adapter(self) -> None:
-        if not isinstance(self.optimizer, Optimizer):
-            return  # ZeRO's groups hold flat copies
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for gated in self.layers:
-            if not gated.is_dropped and not {id(p) for p in gated.parameters} <= held:
-                raise ValueError(
-                    f"optimizer={type(self.optimizer).__name__} does not hold the adapter parameters of "
-                    f"module {gated.name!r}. Build it after get_peft_model and after loading adapter "
-                    "weights, from [p for p in model.parameters() if p.requires_grad]."
-                )
-
-    def _check_shards(self) -> None:
-        for name, chosen in (("importance", "sensitivity"), ("forget_pruned", True)):
-            if getattr(self.config, name) == chosen and needs_full_gradient(self.layers[0].gate):
-                raise ValueError(
-                    f"{name}={chosen!r} reads gradients or optimizer state after the step, which FSDP1 and "
-                    "DeepSpeed do not keep whole. Use FSDP2 or DDP, or leave the field at its default."
-                )
-
     # -- before the step: DEM -------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -294,14 +254,16 @@ class RankAllocator:
         if closure is None:
             self._prepare_gradients(optimizer)
             return None
-        wrapped = _after_closure(closure, lambda: self._prepare_gradients(optimizer))
+        wrapped = after_closure(closure, lambda: self._prepare_gradients(optimizer))
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
     def _prepare_gradients(self, optimizer: Any) -> None:
         scale = loss_scale(optimizer)
-        if scale is None and self._can_look:  # a scaled step is checked, and skipped, by its scaler
+        if scale is None and can_look(
+            self.layers
+        ):  # a scaled step is checked, and skipped, by its scaler
             check_gradients(self.layers, step=self.step + 1)
         if self.is_frozen or self.config.dem_weight == 0:
             return
@@ -330,9 +292,7 @@ class RankAllocator:
             for gated in self.layers:
                 stop_waiting(gated.layer, self.adapter)
         if not self.is_frozen:
-            self.score(self.layers)
-            if self._can_look:
-                self._check_importance()
+            self.score(self.layers, self.step)
             if allocation.is_prune_step(
                 self.step, start=self.start, stop=self.stop, interval=self.config.prune_interval
             ):
@@ -348,7 +308,8 @@ class RankAllocator:
         if not self.config.revival:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
-        self._check_importance()
+        names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
+        check_importance(names, emas, step=self.step)
         keep = allocation.select_components(scores, self.budget)
         if self.config.budget == "parameters":
             keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
@@ -362,15 +323,6 @@ class RankAllocator:
         if self.config.forget_pruned:
             forget_pruned_(self.layers, self.optimizer)
         self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
-
-    def _check_importance(self) -> None:
-        names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
-        check_importance(names, emas, step=self.step)
-
-    @property
-    def _can_look(self) -> bool:
-        """Whether reading a number costs nothing; on an accelerator it would wait for the step's end."""
-        return self.layers[0].ema.device.type == "cpu"
 
     def _note_masks(self) -> None:
         """Remember whose gates to hold at 0, so that no step has to ask the device."""
@@ -424,12 +376,3 @@ class RankAllocator:
         for copy, layers in self._copies:
             compact_(layers, None)
             swap_config_(copy, self.adapter, ragged)
-
-
-def _after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
-    def wrapped() -> Any:
-        loss = closure()
-        action()
-        return loss
-
-    return wrapped

@@ -16,23 +16,30 @@ from dynlora import allocation
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.sharding import add_gradient_, is_sharded, needs_full_gradient, whole
+from dynlora.health import can_look, check_importance
 
 STACK_BYTES = 1_000_000
 """Upper limit of a temporary. Below it, larger stacks were not measurably faster on a CPU."""
 
 
-Score = Callable[[Sequence[GatedLayer]], None]
-"""Writes the components' scores into ``ema`` of each layer, after every step until the freeze."""
+Score = Callable[[Sequence[GatedLayer], int], None]
+"""Writes the components' scores into ``ema`` of each layer, after every step until the freeze; the number
+is that of the steps done."""
 
 
 def chosen_score(config: DynLoraConfig) -> Score:
-    """The score that the config names: its importance, smoothed (Eq. 8)."""
+    """The score that the config names: its importance, smoothed (Eq. 8).
+
+    Where looking costs nothing, importance that is not finite is refused before it is smoothed.
+    """
     present = _gate_scores if config.importance in _FROM_GATES else _norm_scores
 
     @torch.no_grad()
-    def score(layers: Sequence[GatedLayer]) -> None:
+    def score(layers: Sequence[GatedLayer], step: int) -> None:
         emas = [m.ema for m in layers]
         found = present(layers, config.importance)
+        if can_look(layers):
+            check_importance([m.name for m in layers], found, step=step)
         scores = [s.to(e.dtype) for s, e in zip(found, emas, strict=True)]
         allocation.smooth_importance_(emas, scores, beta=config.ema_beta)
 

@@ -85,6 +85,17 @@ def is_inner_step(optimizer: Optimizer) -> bool:
     return wrappers == 2
 
 
+def after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
+    """A closure for ``step`` that does ``action`` each time it has computed the gradients."""
+
+    def wrapped() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    return wrapped
+
+
 def loss_scale(optimizer: Any) -> Tensor | float | None:
     """By how much the gradients in front of the coming step are still scaled up, None if not at all.
 

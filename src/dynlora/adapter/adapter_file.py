@@ -7,12 +7,15 @@ is refused while the model is still as it was.
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -80,6 +83,34 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{CONFIG_NAME} holds a {type(fields).__name__}, not an object: it is no adapter's config."
         )
     return fields
+
+
+def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Refuse fields of a wrong type, which PEFT would stumble over halfway through an injection.
+
+    Args:
+        fields: as read from adapter_config.json. Unknown ones are left to PEFT, which warns of them.
+        hints: types of the config class; numbers are left to the class's own checks.
+
+    Raises:
+        AdapterFileError: a field has another type, or names a module to be imported.
+    """
+    for name, value in fields.items():
+        kinds = set(get_args(hints.get(name)) or (hints.get(name),))
+        if name not in hints or kinds <= {int, float, NoneType}:
+            continue
+        try:
+            type_validator(name, value, hints[name])
+        except (TypeError, ValueError) as error:
+            raise AdapterFileError(
+                f"{CONFIG_NAME} holds {name}={reprlib.repr(value)}, a {type(value).__name__} where PEFT "
+                "expects another type: the file is damaged. Get the folder anew."
+            ) from error
+    if fields.get("megatron_core") not in {None, "megatron.core"}:
+        raise AdapterFileError(
+            f"{CONFIG_NAME} asks to import megatron_core={fields['megatron_core']!r}: an adapter must not "
+            "choose which code runs. Remove the field."
+        )
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ def _is_targeted(config: Any, name: str) -> bool:
         return not saved and bool(check_target_module_exists(config, name))
     except re.error as error:
         raise AdapterFileError(
-            f"target_modules={config.target_modules!r} is no regular expression ({error})."
+            f"target_modules, exclude_modules or layers_pattern of {CONFIG_NAME} is no regular "
+            f"expression ({error}): it is damaged."
         ) from error
 
 
@@ -87,7 +88,12 @@ def _check_rank(name: str, module: nn.Module, config: Any, stored: StoredAdapter
             f"module {name!r} is targeted, but {WEIGHTS_NAME} holds nothing for it: config and weights are "
             "of different adapters. Get the folder anew."
         )
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    try:
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    except re.error as error:
+        raise AdapterFileError(
+            f"rank_pattern={config.rank_pattern!r} holds no regular expressions ({error})."
+        ) from error
     limit = max(MAX_RANK, *(_widths(module) or ()))
     if rank > limit:
         raise AdapterFileError(

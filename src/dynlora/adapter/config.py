@@ -4,12 +4,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from dynlora.adapter.adapter_file import CONFIG_NAME, read_folder
+from dynlora.adapter.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
 from dynlora.allocation.schedule import Schedule
 
 _DEFAULT_TARGET_R = 8
@@ -219,7 +219,10 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
             AdapterFileError: the folder is damaged or holds something else than a DynLora adapter.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        stored = read_folder(folder) if (folder / CONFIG_NAME).is_file() else None
+        stored = None
+        if (folder / CONFIG_NAME).is_file():
+            check_fields(read_config(folder), get_type_hints(cls))
+            stored = read_folder(folder)
         config: DynLoraConfig = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
@@ -261,6 +264,11 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
                 raise ValueError(
                     f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of at least 1; name a "
                     "module in exclude_modules to leave it out."
+                )
+        for name, alpha in (self.alpha_pattern or {}).items():
+            if not _is_number(alpha) or not alpha > 0:
+                raise ValueError(
+                    f"alpha_pattern={{{name!r}: {alpha!r}}} must hold numbers above 0, such as 8."
                 )
         if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, such as 8.")

@@ -12,10 +12,10 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from dynlora.cli import assets
+from dynlora.cli.look_options import register
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -234,3 +234,6 @@ def demo(
         seed=seed,
     )
     raise typer.Exit(code)
+
+
+register(app)

@@ -1,6 +1,6 @@
 """``dynlora`` and its controls ``gated`` (nothing is pruned) and ``random`` (anything is)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from dynlora.adapter.config import DynLoraConfig
 from dynlora.methods.adapted import Adapted, Target, trainable_beside
 from dynlora.methods.lora import shared_fields, whole_rank
 from dynlora.methods.options import AdapterOptions
+from dynlora.scoring import Score
 from dynlora.trainer import DynLoraCallback
 
 
@@ -34,11 +35,11 @@ def gated(options: AdapterOptions, target: Target) -> Adapted:
     return _adapted(config, target, DynLoraCallback())
 
 
-def random_score(seed: int) -> Callable[[Sequence[GatedLayer]], None]:
+def random_score(seed: int) -> Score:
     """A score for RankAllocator: a number per component, drawn at the first step and kept."""
 
     @torch.no_grad()
-    def score(layers: Sequence[GatedLayer]) -> None:
+    def score(layers: Sequence[GatedLayer], _step: int) -> None:
         if any(bool(gated.ema.any()) for gated in layers):
             return
         generator = torch.Generator().manual_seed(seed)

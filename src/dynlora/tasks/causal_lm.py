@@ -240,6 +240,7 @@ FAMILY = Family(
     auto_class="AutoModelForCausalLM",
     trainer=PerplexityTrainer,
     arguments=SFTConfig,
+    counts_tokens=True,
     defaults=lambda options: {
         "max_length": options.max_length,
         "packing": options.packing,
