@@ -2,12 +2,14 @@
 
 import hashlib
 import importlib
+import re
 import shutil
 import subprocess
 import time
 import urllib.error
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from datasets import load_dataset
@@ -199,6 +201,17 @@ def test_every_archive_is_pinned_and_every_asset_states_its_licence():
         assert asset.licence
         assert all(len(bytes.fromhex(carrier.sha256)) == 32 for carrier in asset.carriers)
         assert set(asset.made_from) <= CATALOGUE.keys()
+
+
+def test_the_page_on_offline_assets_names_them_all():
+    page = (Path(__file__).parent.parent / "docs" / "offline.md").read_text(encoding="utf8")
+    named = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    }
+    assert named == set(CATALOGUE)
 
 
 def test_shipped_and_computed_assets_are_data_that_a_recipe_reads(cache):

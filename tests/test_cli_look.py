@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -113,3 +115,19 @@ def test_watch_shows_a_finished_run_and_ends(tmp_path):
         ran = invoke("watch", *arguments)
         assert ran.exit_code == 0
         assert "20 of 20 (finished)" in ran.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "watch"])
+def test_commands_that_read_files_do_not_wait_for_torch(native, tmp_path, command):
+    target = native if command == "inspect" else write_run(tmp_path / "run", steps=10)
+    more = {"inspect": ["--effective"], "report": [], "watch": ["--once"]}[command]
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'dynlora'\n"
+        "from dynlora_command import main; main()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, command, str(target), *more],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "ranks" in ran.stdout or "components" in ran.stdout

@@ -2,12 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import consumers
 from consumers import RefusedError
@@ -172,6 +180,14 @@ def test_verify_reports_the_difference_of_outputs(llama, tmp_path):
         assert done.max_difference <= 1e-5
 
 
+def test_configs_hold_no_field_that_older_pefts_would_warn_about(llama, tmp_path):
+    """What PEFT 0.20 does not know is at its default, so it is left out; servers' fields stay."""
+    folder, _ = exported(llama, tmp_path, to="uniform")
+    config = consumers.config_of(folder)
+    assert not {"kasa_config", "velora_config", "monteclora_config", "peft_version"} & set(config)
+    assert {"r", "lora_alpha", "target_modules", "bias", "use_rslora", "peft_type"} <= set(config)
+
+
 # -- merged --------------------------------------------------------------------------------------
 
 
@@ -209,6 +225,41 @@ def test_merged_gpt2_is_transposed_and_keeps_its_tied_weights(tmp_path):
     assert merged.lm_head.weight is merged.transformer.wte.weight
     files = [set(load_file(tmp_path / n / "model.safetensors")) for n in ("base", "out")]
     assert files[0] == files[1]
+
+
+MEASURE = """
+import sys, threading, time
+from dynlora.export import export_adapter
+def own():  # memory that is no mapped file, in bytes
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+root, peak, done = sys.argv[1], [0], threading.Event()
+def look():
+    while not done.is_set():
+        peak[0] = max(peak[0], own()); time.sleep(0.001)
+before, watcher = own(), threading.Thread(target=look)
+watcher.start()
+export_adapter(root + "/in", root + "/out", to="merged", base=root + "/base")
+done.set(); watcher.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_merging_holds_a_tensor_not_a_shard(tmp_path):
+    """Beside the mapped file of one shard; a shard here is 64 MB, its largest tensor 2 MB."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=6,
+        num_attention_heads=8,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    shard = (tmp_path / "base" / "model.safetensors").stat().st_size
+    lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM(config), lora).save_pretrained(tmp_path / "in")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.5 * shard
 
 
 def test_a_trained_head_moves_into_the_merged_model(tmp_path):

@@ -18,11 +18,14 @@ from transformers import (
     set_seed,
 )
 
+from dynlora import RankAllocator
 from dynlora.methods import METHODS, AdapterOptions, Target
 from dynlora.methods.bottleneck import Bottleneck
 from dynlora.methods.dynamic import random_score
 from dynlora.methods.lora import truncate_
 from dynlora.methods.trained_weights import load_trained, save_trained
+from small_net import adamw, train
+from small_net import adapted as adapted_net
 
 HEAD = ["classifier"]
 OPTIONS = AdapterOptions(target_r=2, init_std=0.02)
@@ -224,6 +227,19 @@ def test_random_scores_are_drawn_once_and_by_the_seed_alone():
     assert all(torch.equal(a.ema, b.ema) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0].ema, other[0].ema)
     assert not torch.equal(first[0].ema, first[1].ema)
+
+
+def test_another_score_decides_what_is_pruned():
+    def first_module_and_low_index_first(layers):
+        for place, gated in enumerate(layers):
+            gated.ema.copy_(100 - 10 * place - torch.arange(gated.num_components))
+
+    model = adapted_net()
+    optimizer = adamw(model)
+    score = first_module_and_low_index_first
+    allocator = RankAllocator(model, optimizer, total_steps=20, score=score)
+    train(model, optimizer, 20)
+    assert list(allocator.ranks().values()) == [4, 2, 0]
 
 
 @pytest.mark.parametrize(

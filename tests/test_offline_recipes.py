@@ -22,7 +22,7 @@ SHORTENED = {
     "mpnet-movie-polarity": (SMALL | {"max_train_rows": 480}, 0.1),
     "distilbert-wnut16": ({"max_train_rows": 960, "max_eval_rows": 200}, 0.03),
     "vit-digits": ({"num_train_epochs": 8}, 0.3),
-    "smollm2-spanish": ({"max_steps": 25, "max_train_rows": 20, "max_eval_rows": 2}, 5.0),
+    "smollm2-spanish": ({}, 5.0),
     "smollm2-rewriting": ({"max_train_rows": 160, "max_eval_rows": 16, "generate_rows": 4}, 1.0),
     "bert2bert-rewriting": ({"max_train_rows": 1600, "max_eval_rows": 32}, 2.0),
     "whisper-prompts": ({"num_train_epochs": 1, "max_eval_rows": 40}, 0.5),

@@ -13,7 +13,8 @@ def test_public_names_are_the_promised_ones():
     seen = {n for n, v in vars(dynlora).items() if n[0] != "_" and not isinstance(v, ModuleType)}
     assert sorted(seen) == sorted(dynlora.__all__)
     assert {
-        "DynLoraCallback", "DynLoraConfig", "RankAllocator", "dem_loss", "export_lora", "finalize_",
+        "AdapterFileError", "DynLoraCallback", "DynLoraConfig", "RankAllocator", "dem_loss",
+        "export_lora", "finalize_",
     } <= seen  # fmt: skip
 
 

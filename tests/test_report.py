@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dynlora.history import HISTORY_FILE, HistoryFile
 from dynlora.report.charts import Chart, Line, round_numbers, thinned
-from dynlora.report.page import MAX_STATES, chosen_states, render_page, write_page
+from dynlora.report.page import MAX_STATES, chosen_states, method_rows, render_page, write_page
 from dynlora.report.picture import CELL, rank_image, write_picture
 from dynlora.report.recommend import recommended_config
 from dynlora.report.run import RankState, read_run, read_runs
@@ -129,6 +129,22 @@ def test_several_runs_get_names_that_tell_them_apart(tmp_path):
     paths = [write_run(tmp_path / a / "seed1", steps=10) for a in ("lora", "ours")]
     assert [run.name for run in read_runs(paths)] == ["lora/seed1", "ours/seed1"]
     assert len({run.name for run in read_runs([paths[0], paths[0]])}) == 2
+
+
+def test_seeds_of_one_method_are_summed_up(tmp_path):
+    paths = []
+    for method, seed, score in [("lora", 1, 0.5), ("lora", 2, 0.7), ("ours", 1, 0.9)]:
+        folder = tmp_path / f"{method}{seed}"
+        folder.mkdir()
+        record = {"recipe": {"method": method}, "seed": seed, "status": "done",
+                  "evaluations": [{"step": 10, "eval_f1": score}]}  # fmt: skip
+        (folder / "run.json").write_text(json.dumps(record))
+        paths.append(folder)
+    assert method_rows(read_runs(paths)) == [
+        {"method": "lora", "runs": "2", "f1": "0.6 ± 0.14"},
+        {"method": "ours", "runs": "1", "f1": "0.9"},
+    ]
+    assert method_rows(read_runs(paths[1:])) == []
 
 
 def test_a_folder_without_a_run_says_what_was_expected(tmp_path):

@@ -8,14 +8,16 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
+from dynlora.adapter.components import find_gated_layers
 from dynlora.methods import METHODS
 from dynlora.tasks import run as run_module
 from dynlora.tasks.data import Splits
 from dynlora.tasks.interrupt import Interrupted
+from dynlora.tasks.model_card import card
 from dynlora.tasks.plan import plan
 from dynlora.tasks.progress import Listener
 from dynlora.tasks.recipe import recipe_from
@@ -101,6 +103,40 @@ def test_the_model_card_tells_how_to_load_what_was_measured(method, recipe):
     with torch.no_grad():
         expected = result.trainer.model.eval()(**batch).logits
         assert torch.allclose(names["model"].eval()(**batch).logits, expected, atol=1e-6)
+
+
+def test_the_card_of_an_offline_model_names_its_hub_copy_and_loads_it_offline(recipe):
+    chosen = recipe()
+    record = run(chosen).record
+    text = card(recipe_from({**chosen.to_dict(), "model": "offline:all-MiniLM-L6-v2"}), record)
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    code = text.split("```python\n")[1].split("```")[0]
+    assert 'from_pretrained(offline_model("all-MiniLM-L6-v2"), num_labels=2)' in code
+    compile(code, "card", "exec")
+
+
+def test_an_adapter_that_is_still_gated_is_saved_as_a_plain_lora(recipe):
+    chosen = recipe()
+    prepared, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
+    trainer = run_module.make_trainer(chosen, prepared, adapted, training_arguments(chosen), [])
+    for gated in find_gated_layers(adapted.model, "default"):  # as sharded training leaves them
+        torch.nn.init.ones_(gated.gate)
+    run_module._save(trainer, chosen, adapted)
+    assert PeftConfig.from_pretrained(chosen.output).peft_type == "LORA"
+    assert (chosen.output / "tokenizer.json").is_file()
+
+
+def test_a_run_that_fails_says_so_in_its_record(recipe):
+    def broken(done, _total, _rank):
+        if done == 2:
+            raise FloatingPointError("a gradient is not finite")
+
+    with pytest.raises(FloatingPointError):
+        run(recipe(), listener=Listener(on_step=broken))
+    record = record_of(recipe())
+    assert record["status"] == "failed"
+    assert record["parts"][0]["step"] == 2
 
 
 def test_full_saves_a_whole_model(recipe):

@@ -53,6 +53,7 @@ def test_a_mixed_batch_gives_each_row_what_its_adapter_gives_alone(folders, form
     torch.testing.assert_close(mixed[3], base[3], **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_thousand_swaps_keep_every_output_and_the_memory(folders):
     """Ragged ranks swap in place once all have room for the largest rank."""
     model = PeftModel.from_pretrained(tiny_llama(), str(folders / "uniform" / "a"))

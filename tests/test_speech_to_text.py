@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from dynlora.tasks.speech_to_text import Options, _prompt, read, samples_of
+from dynlora.tasks.speech_to_text import Options, _prompt, read, samples_of, seconds_of
 from dynlora.tasks.typed_fields import RecipeError
 from tiny_recipes import run_rows, splits_of, tiny_tokenizer
 
@@ -79,6 +79,7 @@ def test_recordings_are_read_from_bytes_paths_and_arrays_alike(tmp_path):
     ]
     for form in forms:
         np.testing.assert_allclose(samples_of(form, RATE), values[:, 0], atol=1e-4)
+        assert seconds_of(form) == 0.5
 
 
 def test_two_channels_become_one_and_the_rate_becomes_the_models():

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from dynlora import DynLoraCallback, DynLoraConfig, DynLoraModel, dem_loss
+from dynlora import AdapterFileError, DynLoraCallback, DynLoraConfig, DynLoraModel, dem_loss
 from small_net import SmallNet, data, small_net
 
 
@@ -222,7 +222,7 @@ def test_a_run_resumes_bit_for_bit_from_any_checkpoint(tmp_path, compact):
         )
 
 
-@pytest.mark.parametrize("best", [4, 10, 18])
+@pytest.mark.parametrize("best", [2, 4, 8, 10, 18])  # the window is 3 to 10
 def test_load_best_model_at_end_gives_the_best_models_function(tmp_path, best):
     """Before the freeze it has more components than the budget, and a warning says so."""
 
@@ -245,6 +245,30 @@ def test_load_best_model_at_end_gives_the_best_models_function(tmp_path, best):
     )
     rank = sum(m.r["default"] for n, m in run.model.named_modules() if hasattr(m, "lora_A"))
     assert rank == (12 if best < 10 else 6)
+
+
+def test_the_best_model_from_before_the_freeze_survives_a_resume_from_after_it(tmp_path):
+    def run(best_at):
+        scores = iter(range(2, 21, 2))
+        settings = {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        made = trainer(
+            tmp_path, model_with(target_r=1), load_best_model_at_end=True,
+            metric_for_best_model="score", greater_is_better=True, **settings,
+        )  # fmt: skip
+        made.compute_metrics = lambda _prediction: {"score": float(next(scores) == best_at)}
+        return made
+
+    whole, resumed = run(best_at=8), run(best_at=None)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+    ours, theirs = weights(resumed.model), weights(whole.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def test_early_stopping_before_the_freeze_warns_and_keeps_the_function(tmp_path):
@@ -321,6 +345,44 @@ def test_resuming_with_another_number_of_steps_is_refused(tmp_path):
     again = trainer(tmp_path, max_steps=40)
     with pytest.raises(ValueError, match="total_steps=40 differs from the interrupted run's 20"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_r": 3}, "(target_components=9 differs from|target_r=3 asks for 9 components)"),
+        ({"dem_weight": 0.0}, "dem_weight=0.0 differs"),
+        ({"lora_alpha": 99}, "scaling=24.75 of module 'net.layers.0' differs"),
+        ({"init_r": 5}, "scaling=1.6 of module 'net.layers.0' differs"),
+        ({"target_modules": ["0", "1"], "target_r": 3}, r"modules differ: .*\['net.layers.2'\]"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*were found in the checkpoint|.*[Mm]issing.*key")
+def test_resuming_with_another_config_is_refused(tmp_path, fields, message):
+    trainer(tmp_path, save_strategy="steps", save_steps=5).train()
+    for step in (5, 15):  # in the window and after it
+        again = trainer(tmp_path, model_with(**fields))
+        with pytest.raises(ValueError, match=message):
+            again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+
+
+def test_what_may_change_at_a_resume_changes_nothing_else(tmp_path):
+    """Batch size, learning rate, dropout, prune settings of the past: documented in docs/design.md."""
+    trainer(tmp_path, save_strategy="steps", save_steps=5).train()
+    again = trainer(tmp_path, model_with(lora_dropout=0.1, compact=False), learning_rate=5e-3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert type(again.model.peft_config["default"]) is LoraConfig
+
+
+def test_a_plain_lora_is_no_checkpoint_to_resume_from(tmp_path):
+    plain = trainer(
+        tmp_path / "plain", model_with(LoraConfig(r=4, target_modules=["0", "1", "2"])), callbacks=[],
+        save_strategy="steps", save_steps=5,
+    )  # fmt: skip
+    plain.train()
+    with pytest.raises(AdapterFileError, match="this is a plain LoRA, not a DynLora adapter"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "plain/checkpoint-5"))
 
 
 def test_a_callback_added_too_late_says_so(tmp_path):

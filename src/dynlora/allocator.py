@@ -13,7 +13,7 @@ from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
 from dynlora.adapter.sharding import laid_out, scale_all_
-from dynlora.compaction import compact_
+from dynlora.compaction import compact_, release_dropped_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
 from dynlora.health import can_look, check_gradients, check_importance
 from dynlora.measures import component_sizes, prune_event
@@ -91,6 +91,12 @@ class RankAllocator:
         check_shards(self.config, self.layers)
         self._finder = DdpFinder(model)
         self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)
+        if isinstance(self.optimizer, Optimizer):
+            self._handles.append(
+                self.optimizer.register_load_state_dict_pre_hook(
+                    lambda held, _state: release_dropped_(self.layers, held)
+                )
+            )
         for gated in self.layers:
             expect_step_of(self.optimizer, gated.layer, self.adapter)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora.adapter.components import GatedLayer
-from dynlora.adapter.layers import can_drop, drop_, note_rank_, set_factors_
+from dynlora.adapter.layers import can_drop, drop_, dropped_parameters, note_rank_, set_factors_
 from dynlora.optimizer_state import CannotShrinkError, cut_states
 
 _RANK_DIMS = (0, 1, 0)  # where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components
@@ -78,6 +78,17 @@ def _refuse_private_lists(optimizer: Optimizer, swaps: Mapping[int, Any]) -> Non
                 f"optimizer {type(optimizer).__name__} keeps a list of parameters of its own, {name!r}. "
                 "Set compact=False to keep all shapes until finalize_."
             )
+
+
+def release_dropped_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
+    """Take the parameters of dropped modules out of the optimizer, as compaction would have done.
+
+    A checkpoint from after the freeze, loaded into a model that an optimizer already holds, drops modules
+    of rank 0; the optimizer's own state fits only without them.
+    """
+    gone = {id(p) for m in layers for p in dropped_parameters(m.layer, m.adapter)}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 def _cut_parameter(old: nn.Parameter, keep: Tensor, dim: int) -> nn.Parameter:

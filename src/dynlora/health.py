@@ -38,10 +38,7 @@ def check_gradients(layers: Sequence[GatedLayer], *, step: int) -> None:
     ]
     if not found:
         return
-    largest = torch.stack(
-        [g.float() for g in torch._foreach_norm([g for _, _, g in found], float("inf"))]
-    )
-    is_finite = torch.isfinite(largest)
+    is_finite = torch.isfinite(torch.stack(_finite_if_all_are([g for _, _, g in found])))
     everywhere = is_finite.all()
     if world_size() > 1 and any(m.is_sharded for m in layers):  # others may hold the bad part
         flag = everywhere.to(torch.uint8)
@@ -61,6 +58,13 @@ def check_gradients(layers: Sequence[GatedLayer], *, step: int) -> None:
         "made, and nothing is pruned. Lower the learning rate, clip gradients, look for a bad batch, and "
         "go on from the last checkpoint."
     )
+
+
+def _finite_if_all_are(tensors: list[Tensor]) -> list[Tensor]:
+    """One fp32 scalar a tensor: NaN or infinite if any element is, in the fastest way of the device."""
+    if tensors[0].device.type == "cpu":
+        return [t.sum(dtype=torch.float32) for t in tensors]
+    return [norm.float() for norm in torch._foreach_norm(tensors, float("inf"))]
 
 
 def check_importance(names: Sequence[str], importance: Sequence[Tensor], *, step: int) -> None:

@@ -18,8 +18,11 @@ from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.sharding import add_gradient_, is_sharded, needs_full_gradient, whole
 from dynlora.health import can_look, check_importance
 
-STACK_BYTES = 1_000_000
-"""Upper limit of a temporary. Below it, larger stacks were not measurably faster on a CPU."""
+STACK_BYTES = 750_000
+"""Upper limit of the copies that one stack makes; with ``GRAM_BYTES``, temporaries stay below 1 MB."""
+
+GRAM_BYTES = 100_000
+"""Upper limit of the Gram matrices held at once, in fp32."""
 
 
 Score = Callable[[Sequence[GatedLayer], int], None]
@@ -37,13 +40,27 @@ def chosen_score(config: DynLoraConfig) -> Score:
     @torch.no_grad()
     def score(layers: Sequence[GatedLayer], step: int) -> None:
         emas = [m.ema for m in layers]
-        found = present(layers, config.importance)
+        found = [s for block in _blocks(layers) for s in present(block, config.importance)]
         if can_look(layers):
             check_importance([m.name for m in layers], found, step=step)
         scores = [s.to(e.dtype) for s, e in zip(found, emas, strict=True)]
         allocation.smooth_importance_(emas, scores, beta=config.ema_beta)
 
     return score
+
+
+def _blocks(layers: Sequence[GatedLayer]) -> Iterator[list[GatedLayer]]:
+    """The layers in order, as many at a time as ``GRAM_BYTES`` allows, at least one."""
+    block: list[GatedLayer] = []
+    size = 0
+    for gated in layers:
+        need = 2 * 4 * gated.num_components**2
+        if block and size + need > GRAM_BYTES:
+            yield block
+            block, size = [], 0
+        block.append(gated)
+        size += need
+    yield block
 
 
 _FROM_GRAMS = {
@@ -110,11 +127,16 @@ def gram_matrices(factors: Sequence[Tensor], *, rank_dim: int) -> list[Tensor]:
         if len(rows) == 1:
             grams[rows[0]] = _gram(whole(factors[rows[0]]), rank_dim)
             continue
-        stack = _at_least_fp32(torch.stack([factors[i].flatten(1) for i in rows]))
-        vectors = stack if rank_dim == 0 else stack.mT
-        for i, gram in zip(rows, torch.bmm(vectors, vectors.mT).unbind(), strict=True):
+        for i, gram in zip(rows, _grams([factors[i] for i in rows], rank_dim), strict=True):
             grams[i] = gram
     return grams
+
+
+def _grams(factors: Sequence[Tensor], rank_dim: int) -> Sequence[Tensor]:
+    """The Gram matrices of several factors of one shape."""
+    stack = _at_least_fp32(torch.stack([factor.flatten(1) for factor in factors]))
+    vectors = stack if rank_dim == 0 else stack.mT
+    return torch.bmm(vectors, vectors.mT).unbind()
 
 
 def _gram(factor: Tensor, rank_dim: int) -> Tensor:
@@ -125,8 +147,11 @@ def _gram(factor: Tensor, rank_dim: int) -> Tensor:
     if matrix.dtype in {torch.float32, torch.float64}:
         return matrix @ matrix.T
     width = max(1, STACK_BYTES // (4 * max(1, matrix.shape[0])))
-    slices = [part.float() @ part.float().T for part in matrix.split(width, dim=1)]
-    return torch.stack(slices).sum(0)
+    gram = torch.zeros(matrix.shape[0], matrix.shape[0], device=matrix.device)
+    for part in matrix.split(width, dim=1):
+        exact = part.float()
+        gram.addmm_(exact, exact.T)
+    return gram
 
 
 @torch.no_grad()
@@ -165,9 +190,10 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def _stacks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors that can be stacked in fp32 within ``STACK_BYTES``, at least one at a time."""
+    """Indices of tensors that make a stack of up to ``STACK_BYTES`` in fp32, at least one each."""
     for rows in _groups(tensors, lambda t: (t.shape, t.dtype, t.device)):
-        size = tensors[rows[0]].numel() * max(4, tensors[rows[0]].element_size())
+        width = tensors[rows[0]].element_size()
+        size = tensors[rows[0]].numel() * (width if width >= 4 else width + 4)  # converted to fp32
         step = 1 if is_sharded(tensors[rows[0]]) else max(1, STACK_BYTES // max(1, size))
         yield from (rows[i : i + step] for i in range(0, len(rows), step))
 

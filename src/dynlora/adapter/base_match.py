@@ -71,6 +71,25 @@ def check_others(model: nn.Module, config: Any, stored: StoredAdapter) -> None:
             )
 
 
+def check_same_modules(names: list[str], stored: StoredAdapter) -> None:
+    """Refuse weights of other modules than the adapter in the model has.
+
+    Args:
+        names: the modules that are adapted in the model.
+        stored: what is about to be loaded into them.
+
+    Raises:
+        AdapterFileError: modules differ; those of rank 0 in ``stored`` need no place in the model.
+    """
+    homeless = sorted(n for n, s in stored.shapes.items() if s and n not in names)
+    empty = sorted(set(names) - stored.shapes.keys())
+    if homeless or empty:
+        raise AdapterFileError(
+            f"modules differ: the weights hold {homeless[:3]}, which are not adapted in the model, and "
+            f"nothing for {empty[:3]}, which are. Load them into an adapter of the same target_modules."
+        )
+
+
 def _is_targeted(config: Any, name: str) -> bool:
     try:
         saved = set(config.modules_to_save or ()) & set(name.split("."))

@@ -60,6 +60,7 @@ def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
             self: Any, state: dict[str, Tensor], prefix: str, *rest: Any
         ) -> None:
             for adapter in list(self.lora_ema):
+                _restore_empty_(state, prefix, adapter)
                 saved = state.get(f"{prefix}lora_ema.{adapter}")
                 if saved is not None:
                     resize_(self, adapter, saved.shape[0])
@@ -89,6 +90,19 @@ def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
         name = "DynLora" + cls.__module__.rpartition(".")[2].title() + cls.__name__
         _dynlora[cls] = _named_class(name, cls, body)
     return _dynlora[cls]
+
+
+def _restore_empty_(state: dict[str, Tensor], prefix: str, adapter: str) -> None:
+    """Put back the empty buffers of a dropped module that were lost when the state was saved.
+
+    accelerate's ``save_state`` takes all empty tensors for one shared tensor and keeps one of them.
+    """
+    ema, live = f"{prefix}lora_ema.{adapter}", f"{prefix}lora_live.{adapter}"
+    is_whole_model = any(key.startswith(f"{prefix}base_layer.") for key in state)
+    names = (f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_embedding_A.{adapter}")
+    if is_whole_model and not any(name in state for name in names):
+        state.setdefault(ema, torch.zeros(0))
+        state.setdefault(live, torch.zeros(0, dtype=torch.bool))
 
 
 def _named_class(name: str, base: type, body: dict[str, Any]) -> Any:
@@ -265,6 +279,16 @@ def drop_(layer: Any, adapter: str) -> None:
 def is_dropped(layer: Any, adapter: str) -> bool:
     """Whether ``adapter`` fell to rank 0 in this layer and is no longer computed."""
     return adapter in layer.__dict__.get("dropped_factors", {})
+
+
+def dropped_parameters(layer: Any, adapter: str) -> list[nn.Parameter]:
+    """The empty parameters that ``drop_`` put aside, which no optimizer needs any more."""
+    kept = layer.__dict__.get("dropped_factors", {}).get(adapter, {})
+    return [
+        parameter
+        for factor in kept.values()
+        for parameter in (factor.parameters() if isinstance(factor, nn.Module) else (factor,))
+    ]
 
 
 def resize_(layer: Any, adapter: str, rank: int) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dynlora.adapter.adapter_file import check_tensors
-from dynlora.adapter.base_match import check_against_base, check_others
-from dynlora.adapter.components import unwrapped
+from dynlora.adapter.base_match import check_against_base, check_others, check_same_modules
+from dynlora.adapter.components import find_gated_layers, unwrapped
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
 from dynlora.adapter.layers import attach_gate_, resize_
@@ -47,7 +47,9 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        check_others(unwrapped(model), config, check_tensors(state_dict))
+        stored = check_tensors(state_dict)
+        check_others(unwrapped(model), config, stored)
+        check_same_modules([m.name for m in find_gated_layers(model, adapter_name)], stored)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from dynlora.cli.terminal import FAILED, USER_MISTAKE, print_error, report_error
 
-VERIFY_TOLERANCE = 1e-4  # fp32 logits of models of any depth; a wrong scale is off by far more
+VERIFY_TOLERANCE = 1e-4  # of the largest output, in fp32; a wrong scale is off by far more
 
 
 def guarded(action: Callable[[], int], *, debug: bool) -> int:
@@ -71,9 +72,13 @@ def export(
         if done.dead_modules and to == "ragged":
             lines.append(f"{done.dead_modules} modules of rank 0 are excluded")
         if done.max_difference is not None:
-            lines.append(f"Against the source: max |Δ outputs| {done.max_difference:.2g}")
+            lines.append(
+                f"Against the source: max |Δ outputs| {done.max_difference:.2g}, of outputs up to "
+                f"{done.max_output:.3g}"
+            )
         Console().print(Text("\n".join(lines)))
-    if done.max_difference is not None and not done.max_difference <= VERIFY_TOLERANCE:
+    limit = VERIFY_TOLERANCE * (done.max_output or 0)
+    if done.max_difference is not None and not done.max_difference <= limit:
         print_error(f"check failed: outputs differ by {done.max_difference:.2g}")
         return FAILED
     return 0
@@ -101,7 +106,6 @@ def report(
     as_json: bool,
 ) -> int:
     """Write the page, and print figures and ranks."""
-    from dynlora import __version__
     from dynlora.report.page import summary_row, write_page
     from dynlora.report.picture import write_picture
     from dynlora.report.run import read_runs
@@ -111,7 +115,7 @@ def report(
     written: list[str] = []
     if not terminal_only:
         place = output or (loaded[0].folder if len(loaded) == 1 else Path()) / "report.html"
-        written.append(str(write_page(loaded, place, version=__version__)))
+        written.append(str(write_page(loaded, place, version=version("dynlora"))))
     if picture is not None:
         for run in loaded:
             name = picture if len(loaded) == 1 else picture.with_stem(

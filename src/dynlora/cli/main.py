@@ -41,9 +41,9 @@ def root(
     among the Trainer's callbacks. Here: a demonstration of both.
     """
     if version:
-        from dynlora import __version__
+        from importlib.metadata import version as installed
 
-        typer.echo(f"dynlora {__version__}")
+        typer.echo(f"dynlora {installed('dynlora')}")
         raise typer.Exit
 
 

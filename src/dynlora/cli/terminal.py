@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 USER_MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
@@ -16,6 +15,7 @@ USER_MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 def quiet_libraries() -> Iterator[None]:
     """No load reports, progress bars and hints of other libraries between our lines."""
     import datasets
+    from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

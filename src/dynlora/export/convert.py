@@ -13,7 +13,7 @@ from dynlora.export.folder import checked_folder, write_adapter
 from dynlora.export.layout import Shapes, ragged, uniform
 from dynlora.export.merged import write_merged
 from dynlora.export.source import PlainAdapter, read_adapter
-from dynlora.export.verify import max_difference
+from dynlora.export.verify import compare_outputs
 
 Form = Literal["ragged", "uniform", "merged"]
 
@@ -32,6 +32,7 @@ class Export:
         num_bytes: of all files in the folder.
         seconds: wall time, without verification.
         max_difference: of outputs against the source; None if not verified.
+        max_output: largest absolute output of the source, which the difference is to be seen against.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class Export:
     num_bytes: int
     seconds: float
     max_difference: float | None = None
+    max_output: float | None = None
 
 
 def export_adapter(
@@ -96,9 +98,9 @@ def export_adapter(
         parameters = sum(t.numel() for key, t in tensors.items() if ".lora_" in key)
         largest = config.r
     seconds = time.perf_counter() - start
-    difference = None
+    difference = largest_output = None
     if verify:
-        difference = max_difference(
+        difference, largest_output = compare_outputs(
             adapter, Path(source), folder, base=_named(base), merged=to == "merged"
         )
     return Export(
@@ -111,6 +113,7 @@ def export_adapter(
         num_bytes=sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         seconds=round(seconds, 3),
         max_difference=difference,
+        max_output=largest_output,
     )
 
 

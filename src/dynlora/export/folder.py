@@ -1,6 +1,7 @@
 """Writing folders that are there whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -11,7 +12,15 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynlora.export.source import WEIGHTS_FILE
+from dynlora.export.source import CONFIG_FILE, WEIGHTS_FILE
+
+_EVERYWHERE = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora",
+})  # fmt: skip
+"""Config fields that PEFT and servers of the last years know."""
 
 
 def checked_folder(path: str | os.PathLike[str]) -> Path:
@@ -51,3 +60,16 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
     with whole_folder(folder) as temporary:
         save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
+        _trim_config(temporary / CONFIG_FILE)
+
+
+def _trim_config(path: Path) -> None:
+    """Leave out fields that newer PEFTs added and that say nothing: older ones warn about them."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    defaults = LoraConfig().to_dict() | {"peft_version": stored.get("peft_version")}
+    kept = {
+        name: value
+        for name, value in stored.items()
+        if name in _EVERYWHERE or value != defaults.get(name)
+    }
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")

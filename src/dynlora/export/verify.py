@@ -23,10 +23,10 @@ _BY_TASK = {
 _OUTPUTS = ("logits", "start_logits", "last_hidden_state")
 
 
-def max_difference(
+def compare_outputs(
     adapter: PlainAdapter, source: Path, exported: Path, *, base: str, merged: bool
-) -> float:
-    """Largest absolute difference of the outputs of source and export on random token ids, in fp32.
+) -> tuple[float, float]:
+    """Outputs of source and export on random token ids, in fp32.
 
     Args:
         adapter: what was exported.
@@ -34,6 +34,9 @@ def max_difference(
         exported: folder that was written.
         base: folder or hub id of the base model.
         merged: whether ``exported`` is a whole model.
+
+    Returns:
+        Largest absolute difference, and largest absolute output of the source.
 
     Raises:
         ValueError: the base model takes no token ids.
@@ -47,7 +50,7 @@ def max_difference(
     else:
         model = build.from_pretrained(base, dtype=torch.float32, **options)
         model = PeftModel.from_pretrained(model, str(exported))
-    return float((_outputs(model) - expected).abs().max())
+    return float((_outputs(model) - expected).abs().max()), float(expected.abs().max())
 
 
 def _model_class(adapter: PlainAdapter) -> Any:

@@ -1,5 +1,6 @@
 """A report as one HTML file: no network, no script needed to read it."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,13 @@ def render_page(runs: Sequence[Run], *, version: str) -> str:
     )
     charts = shared_charts(runs)
     sections = [_section(run) for run in runs]
+    rows = [summary_row(run) for run in runs]
     return environment.get_template("page.html.j2").render(
         title=_title(runs),
-        rows=[summary_row(run) for run in runs],
+        tables=[
+            ("The runs in figures" if len(runs) > 1 else "The run in figures", rows),
+            ("By method: mean ± standard deviation over runs", method_rows(runs)),
+        ],
         charts=[(chart, chart.svg(i)) for i, chart in enumerate(charts)],
         sections=[
             section
@@ -81,6 +86,31 @@ def summary_row(run: Run) -> dict[str, str]:
     if run.memory:
         row["peak memory"] = f"{max(value for _, value in run.memory) / 2**20:,.0f} MiB"
     return row
+
+
+def method_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Last value of each metric by method, as mean ± standard deviation; [] without repeated methods."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    if all(len(group) == 1 for group in groups.values()):
+        return []
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics()))
+    rows = []
+    for method, group in groups.items():
+        row = {"method": method, "runs": str(len(group))}
+        for name in names:
+            ends = [points[-1][1] for run in group if (points := run.series(name))]
+            row[metric_label(name)] = _mean_and_spread(ends)
+        rows.append(row)
+    return rows
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{spread}"
 
 
 def metric_label(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from dynlora.tasks.assets import pretrained_encoder
+from dynlora.tasks.assets.catalogue import DEFAULT_ENCODER
 from dynlora.tasks.data import Splits
 from dynlora.tasks.labelled_texts import (
     Example,
@@ -22,7 +23,7 @@ from dynlora.tasks.run import RunResult, run
 from dynlora.tasks.run_files import claim_folder, write_run
 
 NUM_RELOAD_ROWS = 32
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # fetched without the hub if need be
+DEFAULT_MODEL = f"offline:{DEFAULT_ENCODER}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +151,9 @@ def run_demo(recipe: Recipe, *, data: Path | None, listener: Listener) -> DemoRe
     texts = read_labelled_texts(data) if data else shipped_sample()
     named = None if recipe.model == DEFAULT_MODEL else recipe.model
     encoder = pretrained_encoder(named, announce=listener.announce)
-    recipe = recipe_from({**recipe.to_dict(), "model": encoder})
     result = run(recipe, splits=_splits(texts), overwrite=True, listener=listener)
     listener.announce("Re-loading the saved adapter with stock PEFT in a process without dynlora")
-    difference = _reloaded(recipe, result)
+    difference = _reloaded(recipe, result, encoder)
     write_run(recipe.output, {**result.record, "reload_difference": difference})
     return DemoResult(
         record=result.record,
@@ -168,7 +168,7 @@ def _need_positive(**numbers: float | None) -> None:
             raise ValueError(f"{name}={value} must be above 0.")
 
 
-def _reloaded(recipe: Recipe, result: RunResult) -> float:
+def _reloaded(recipe: Recipe, result: RunResult, encoder: str) -> float:
     rows = result.prepared.evals[""]
     some = [rows[i] for i in range(min(NUM_RELOAD_ROWS, len(rows)))]
     collated = result.prepared.collator(some)
@@ -176,7 +176,7 @@ def _reloaded(recipe: Recipe, result: RunResult) -> float:
     return reload_difference(
         recipe.output,
         batch,
-        base=recipe.model,
+        base=encoder,
         pad_token_id=result.prepared.processor.pad_token_id,
         expected=logits_on_cpu(result.trainer.model, batch),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dynlora.methods.trained_weights import TRAINED_FILE
+from dynlora.tasks.assets import find_asset
 from dynlora.tasks.recipe import Recipe
 
 
@@ -27,13 +28,13 @@ def card(recipe: Recipe, record: Mapping[str, Any]) -> str:
         record: its ``run.json``, status done.
     """
     metadata = {
-        "base_model": recipe.model,
+        "base_model": _hub_name(recipe),
         "library_name": "peft" if _is_peft(recipe) else "transformers",
         "tags": ["dynlora", recipe.method, recipe.task],
     }
     title = f"# {recipe.model} on {_data_name(recipe)}, by {recipe.method}"
     parts = [
-        "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
+        "---\n" + yaml.safe_dump(_without_none(metadata), sort_keys=False) + "---",
         title,
         f"Trained with [dynlora](https://arxiv.org/abs/2405.17357) {record['versions']['dynlora']}: "
         f"task `{recipe.task}`, method `{recipe.method}`, seed {recipe.seed}, {record['steps']} "
@@ -79,8 +80,12 @@ def _loading(recipe: Recipe, record: Mapping[str, Any]) -> str:
     auto = recipe.family.auto_class
     classes = len(record["data"].get("labels") or ())
     head = f", num_labels={classes}" if classes else ""
+    name = f'"{recipe.model}"'
     begin = f"from transformers import {auto}\n"
-    base = f'base = {auto}.from_pretrained("{recipe.model}"{head})\n'
+    if recipe.offline_name:
+        name = f'offline_model("{recipe.offline_name}")'
+        begin += "\nfrom dynlora.tasks.offline import offline_model\n"
+    base = f"base = {auto}.from_pretrained({name}{head})\n"
     if _is_peft(recipe):
         load = 'model = PeftModel.from_pretrained(base, "this-folder")\n'
         return f"from peft import PeftModel\n{begin}\n{base}{load}"
@@ -91,6 +96,18 @@ def _loading(recipe: Recipe, record: Mapping[str, Any]) -> str:
         f"{base}# {recipe.method}: with its adapters in place, where it has any\n"
         f'load_trained(base, "this-folder")  # reads {TRAINED_FILE}\n'
     )
+
+
+def _hub_name(recipe: Recipe) -> str | None:
+    """The base model as the hub knows it, None if it does not."""
+    if not recipe.offline_name:
+        return recipe.model
+    copy = find_asset(recipe.offline_name).hub
+    return copy.repository if copy else None
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
 
 
 def _is_peft(recipe: Recipe) -> bool:

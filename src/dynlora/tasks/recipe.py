@@ -59,6 +59,12 @@ class Recipe:
         """The family that ``task`` names."""
         return family_named(self.task)
 
+    @property
+    def offline_name(self) -> str | None:
+        """NAME of a model that is given as ``offline:NAME``."""
+        kind, _, name = self.model.partition(":")
+        return name if kind == "offline" else None
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe resolved: plain values, every field of ours spelled out."""
         return {**dataclasses.asdict(self), "output": str(self.output)}

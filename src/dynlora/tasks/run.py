@@ -10,6 +10,9 @@ from typing import Any
 from peft import prepare_model_for_kbit_training
 from transformers import Trainer, set_seed
 
+from dynlora.adapter.components import configs_of
+from dynlora.adapter.config import DynLoraConfig
+from dynlora.export.plain import export_lora
 from dynlora.methods import METHODS, Adapted, Target
 from dynlora.methods.adapted import is_in_head
 from dynlora.tasks.base_model import BaseModel
@@ -23,6 +26,7 @@ from dynlora.tasks.provenance import machine, source_commit, versions
 from dynlora.tasks.recipe import Recipe
 from dynlora.tasks.run_files import (
     DONE,
+    FAILED,
     INTERRUPTED,
     RUNNING,
     checkpoint_to_resume,
@@ -122,8 +126,7 @@ def build_model(
         data: of :func:`checked_data`.
         is_skeleton: models are shapes without weights, for counting.
     """
-    kind, _, name = recipe.model.partition(":")
-    model = offline_model(name) if kind == "offline" else recipe.model
+    model = offline_model(recipe.offline_name) if recipe.offline_name else recipe.model
     base = BaseModel(name=model, load=recipe.base, is_skeleton=is_skeleton)
     base.config()  # a model that is not there is the first thing to say
     set_seed(recipe.seed)
@@ -185,9 +188,11 @@ def _train(
     """Train; the record knows of this part of the run whether it ends or is interrupted."""
     part = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     began = time.perf_counter()
+    record["status"] = FAILED  # unless one of the next lines is reached
     try:
         with stop:
             trainer.train(resume_from_checkpoint=checkpoint)
+        record["status"] = RUNNING
     except Interrupted:
         record["status"] = INTERRUPTED
         raise
@@ -259,7 +264,11 @@ def _best(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, Any] | No
 
 def _save(trainer: Trainer, recipe: Recipe, adapted: Adapted) -> None:
     """The trained weights and the processor, at the top of the run's folder."""
-    if adapted.save is None:
+    if any(isinstance(config, DynLoraConfig) for config in configs_of(trainer.model).values()):
+        export_lora(trainer.model, recipe.output)  # sharded, hence still gated; every process calls
+        if trainer.is_world_process_zero():
+            trainer.processing_class.save_pretrained(str(recipe.output))
+    elif adapted.save is None:
         trainer.save_model(str(recipe.output))
     elif trainer.is_world_process_zero():
         adapted.save(Path(recipe.output))

@@ -13,7 +13,7 @@ from dynlora.trainer import last_checkpoint
 RUN_FILE = "run.json"
 FORMAT = 1
 
-RUNNING, INTERRUPTED, DONE = "running", "interrupted", "done"
+RUNNING, INTERRUPTED, FAILED, DONE = "running", "interrupted", "failed", "done"
 
 
 def write_run(folder: Path, content: Mapping[str, Any]) -> Path:

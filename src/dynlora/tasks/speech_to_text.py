@@ -148,9 +148,23 @@ def samples_of(recording: Any, rate: int) -> Samples:
     return np.asarray(mono, dtype=np.float32)
 
 
+def seconds_of(recording: Any) -> float:
+    """How long a recording is, from the head of its file; otherwise as :func:`samples_of`."""
+    if isinstance(recording, Mapping) and recording.get("array") is not None:
+        return len(recording["array"]) / int(recording["sampling_rate"])
+    with _opened(recording) as sound:
+        return float(sound.frames / sound.samplerate)
+
+
 def _decoded_sound(recording: Any) -> tuple[Samples, int]:
+    """Samples, (time,) or (time, channels), and their rate."""
     if isinstance(recording, Mapping) and recording.get("array") is not None:
         return np.asarray(recording["array"], dtype=np.float32), int(recording["sampling_rate"])
+    with _opened(recording) as sound:
+        return sound.read(dtype="float32"), int(sound.samplerate)
+
+
+def _opened(recording: Any) -> soundfile.SoundFile:
     source: Any = recording
     if isinstance(recording, Mapping):
         source = recording.get("bytes") or recording.get("path")
@@ -159,9 +173,7 @@ def _decoded_sound(recording: Any) -> tuple[Samples, int]:
             f"a recording of type {type(recording).__name__} is no path, no bytes and no array."
         )
     try:
-        return soundfile.read(
-            io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32"
-        )
+        return soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"a recording cannot be read: {error}") from error
 
@@ -172,10 +184,10 @@ def _checked(rows: Dataset, *, options: Options, where: str, split: str) -> Data
     kept = []
     for row, recording in enumerate(rows[options.audio]):
         try:
-            values, rate = _decoded_sound(recording)
+            seconds = seconds_of(recording)
         except ValueError as error:
             raise RecipeError(f"data {where!r}: row {row} of {split}: {error}") from error
-        if len(values) <= options.max_seconds * rate:
+        if seconds <= options.max_seconds:
             kept.append(row)
     if not kept:
         raise RecipeError(

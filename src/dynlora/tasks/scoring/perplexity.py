@@ -20,7 +20,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (rows, tokens), -100 where a token does not count.
 
     Returns:
-        (rows, 3) float64: summed -log p of the tokens that count, how many count, and how many of
+        (rows, 3) float32: summed -log p of the tokens that count, how many count, and how many of
         these have the largest logit.
     """
     targets = labels[:, 1:]
@@ -29,9 +29,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     )
     counted = targets != IGNORED
     right = (logits[:, :-1].argmax(-1) == targets) & counted
-    return torch.stack(
-        [losses.double().sum(1), counted.double().sum(1), right.double().sum(1)], dim=1
-    )
+    return torch.stack([losses.sum(1), counted.float().sum(1), right.float().sum(1)], dim=1)
 
 
 def perplexity(rows: NDArray[np.floating]) -> dict[str, float]:
