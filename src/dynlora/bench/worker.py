@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,21 +104,14 @@ def run_workers(bench: Bench, places: list[Slot], listener: Listener) -> None:
     Raises:
         RuntimeError: a worker failed (not a cell: a cell that fails has a result).
     """
-    failures: list[BaseException] = []
-
-    def body(slot: Slot) -> None:
-        try:
-            _work(bench, slot, listener)
-        except BaseException as error:  # handed to the caller's thread
-            failures.append(error)
-            bench.stop.set()
-
-    threads = [threading.Thread(target=body, args=(slot,), name=slot.name) for slot in places]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)  # in slices, so that Ctrl-C is heard
+    with ThreadPoolExecutor(len(places)) as pool:
+        running = [pool.submit(_work, bench, slot, listener) for slot in places]
+        pending = set(running)
+        while pending:
+            ended, pending = wait(pending, timeout=0.2)  # in slices, so that Ctrl-C is heard
+            if any(worker.exception() for worker in ended):
+                bench.stop.set()
+    failures = [error for worker in running if (error := worker.exception())]
     if failures:
         raise RuntimeError(f"a worker failed: {failures[0]}") from failures[0]
 
