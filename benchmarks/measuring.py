@@ -31,6 +31,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds that count, after one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    options.provenance = provenance(options)  # the code that runs, not what is committed meanwhile
     return options
 
 
@@ -94,7 +95,6 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
         "threads": options.threads,
-        "load_at_end": [round(v, 1) for v in os.getloadavg()],
     }
     if options.device == "cuda":
         info["machine"]["gpu"] = torch.cuda.get_device_name()  # type: ignore[index]
@@ -115,7 +115,8 @@ def write(question: str, options: argparse.Namespace, result: dict[str, Any]) ->
     path = RESULTS / f"{question}.{options.device}.json"
     path.parent.mkdir(exist_ok=True)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(provenance(options) | {"result": result}, indent=1) + "\n")
+    load = {"load_at_end": [round(v, 1) for v in os.getloadavg()]}
+    draft.write_text(json.dumps(options.provenance | load | {"result": result}, indent=1) + "\n")
     draft.replace(path)
     print(f"wrote {path.relative_to(HERE.parent)}")
     return path
