@@ -39,7 +39,10 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
                 f"module {name!r} of the adapter is not in {type(model).__name__}: the adapter was made "
                 f"for another base model ({config.base_model_name_or_path!r}). Load that one."
             )
-        widths = _widths(present.get(name))
+        module = present.get(name)
+        widths = (
+            None if isinstance(module, nn.Embedding) else _widths(module)
+        )  # vocabularies may grow
         if shapes and widths and (shapes[0][1], shapes[1][0]) != widths:
             raise AdapterFileError(
                 f"module {name!r} maps {widths[0]} to {widths[1]} features, its adapter "
