@@ -138,8 +138,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise AdapterFileError(
-            f"{PICKLE_NAME} holds something else than tensors ({type(error).__name__}): it may run code and "
-            "is refused. Ask for the adapter as safetensors."
+            f"{PICKLE_NAME} holds something else than tensors ({type(error).__name__}): it may run "
+            "code and is refused. Ask for the adapter as safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(
