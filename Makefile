@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow test-zero check fmt peft-suite ci
+.PHONY: setup demo test test-slow test-zero check fmt peft-suite bench ci
 
 setup: .venv/dev.stamp
 
@@ -47,5 +47,10 @@ fmt: .venv/dev.stamp
 
 peft-suite: .venv/dev.stamp
 	$(BIN)/python scripts/peft_suite.py
+
+bench: .venv/dev.stamp
+	$(PIP) matplotlib
+	for question in step_cost allocator_cost whole_run render; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
 
 ci: check test demo

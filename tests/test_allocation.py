@@ -189,7 +189,7 @@ def test_dem_by_hand():
 def test_dem_of_vectors_with_one_entry_is_zero():
     assert allocation.dem_penalty([torch.tensor([[5.0]])], 1).item() == 0.0
     grad = torch.zeros(1, 1)
-    allocation.add_dem_gradient_(grad, torch.tensor([[5.0]]), rank_dim=0, factor=1.0)
+    allocation.add_dem_gradients_([grad], [torch.tensor([[5.0]])], rank_dim=0, factor=1.0)
     assert grad.item() == 0.0
 
 
@@ -202,5 +202,5 @@ def test_dem_gradient_equals_autograd(shape, rank_dim):
     rows = weight.transpose(0, rank_dim).flatten(1)
     (0.7 * rows.var(dim=1).sum()).backward()
     grad = torch.ones(shape, dtype=torch.float64)
-    allocation.add_dem_gradient_(grad, weight.detach(), rank_dim=rank_dim, factor=0.7)
+    allocation.add_dem_gradients_([grad], [weight.detach()], rank_dim=rank_dim, factor=0.7)
     torch.testing.assert_close(grad, 1 + weight.grad, rtol=1e-12, atol=1e-12)

@@ -541,13 +541,14 @@ def test_bad_weights_are_reported_with_the_modules_name_and_prune_nothing(factor
     assert all(torch.equal(m.ema, s) for m, s in zip(allocator.layers, scores, strict=True))
 
 
-def test_finalizing_before_the_freeze_keeps_the_function_and_warns():
-    model, optimizer, allocator = attached(total_steps=40)
-    train(model, optimizer, 10)
+@pytest.mark.parametrize("steps", [10, 13, 15, 19])  # at a prune event, and on the way back from it
+def test_finalizing_before_the_freeze_keeps_the_function_and_warns(steps):
+    model, optimizer, allocator = attached(total_steps=40, prune_interval=4)
+    train(model, optimizer, steps)
     x, _ = data()
     before = model(x)
     with pytest.warns(
-        UserWarning, match="ended after 10 of 40 steps, before the ranks are frozen at"
+        UserWarning, match=f"ended after {steps} of 40 steps, before the ranks are frozen at"
     ):
         ranks = allocator.finalize_()
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)

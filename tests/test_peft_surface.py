@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftModel,
     PeftType,
@@ -24,10 +25,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dynlora import DynLoraCallback, DynLoraConfig, export_lora
+from dynlora import (
+    DynLoraCallback,
+    DynLoraConfig,
+    RankAllocator,
+    accept_dynlora_,
+    export_lora,
+)
 from dynlora.adapter.components import find_gated_layers
+from tiny_classifier import tiny_tokenizer
 from tiny_models import (
     adapted,
     batch,
@@ -127,12 +135,13 @@ def test_a_saved_adapter_comes_back_whole(tmp_path, moment, options):
     assert type(loaded.peft_config["default"]) is DynLoraConfig
     equal(logits(loaded), logits(model), rtol=0, atol=0)
     ours, theirs = state(model), state(loaded)
-    gone = {m.name for m in find_gated_layers(model, "default") if m.is_dropped}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)  # weights, gates, scores and masks
+    gone = [m.name for m in find_gated_layers(model, "default") if m.is_dropped]
     assert bool(gone) == (moment == "after the freeze")
-    kept = {k for k in ours if not any(f".{name}." in k for name in gone)}
-    assert kept == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in kept)  # weights, gates, scores and masks
-    gates = [m.gate.requires_grad for m in find_gated_layers(loaded, "default")]
+    layers = find_gated_layers(loaded, "default")
+    assert [m.name for m in layers if m.is_dropped] == gone
+    gates = [m.gate.requires_grad for m in layers if not m.is_dropped]
     assert set(gates) == {"is_trainable" in options}
 
 
@@ -226,6 +235,59 @@ def test_each_of_two_adapters_is_finalized_on_its_own():
     for name, expected in outputs.items():
         model.set_adapter(name)
         equal(logits(model), expected)
+
+
+def test_a_second_dynamic_adapter_is_trained_after_the_first_is_finished(tmp_path):
+    model, _, _ = finished()
+    first = logits(model)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("second", config())
+    accept_dynlora_(model)
+    equal(logits(model), first, rtol=0, atol=0)
+    model.add_adapter("second", config(target_r=2))
+    model.set_adapter("second")
+    allocator = train(model)
+    assert allocator.adapter == "second"
+    second = logits(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)  # the first, which is stock
+    accept_dynlora_(again)
+    again.load_adapter(tmp_path / "second", "second")
+    for name, expected in (("default", first), ("second", second)):
+        again.set_adapter(name)
+        equal(logits(again), expected)
+    assert sum(allocator.finalize_().values()) == 28
+    assert is_stock(model)
+    equal(logits(model), second)
+    model.set_adapter("default")
+    equal(logits(model), first)
+
+
+def test_only_lora_adapters_stand_beside_dynamic_ones():
+    with pytest.raises(ValueError, match="LlamaForCausalLM holds no adapter: only LoRA adapters"):
+        accept_dynlora_(tiny_llama())
+    other = get_peft_model(tiny_llama(), IA3Config(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"holds \['IA3Config'\]: only LoRA adapters can stand"):
+        accept_dynlora_(other)
+
+
+def test_two_dynamic_adapters_are_trained_at_once_each_to_its_budget():
+    model = adapted()
+    model.add_adapter("second", config(target_r=2))
+    model.base_model.set_adapter(["default", "second"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
+    allocators = [
+        RankAllocator(model, optimizer, total_steps=12, adapter=name)
+        for name in ("default", "second")
+    ]
+    for _ in range(12):
+        model(**batch(model.get_base_model())).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = logits(model)
+    assert [sum(a.finalize_().values()) for a in allocators] == [14, 28]
+    equal(logits(model), before)
+    assert is_stock(model)
 
 
 def test_rows_of_one_batch_can_use_different_adapters():
@@ -443,6 +505,14 @@ def test_every_kind_of_layer_can_fall_to_rank_0(tmp_path, kind):
     equal(logits(model.merge_and_unload()), before)
 
 
+def test_a_forward_of_attention_keeps_the_order_of_the_parameters():
+    """Optimizer state is saved by position, and a new model has made no forward yet."""
+    model = adapted(layer_kinds, target_modules=["mha"])
+    before = [name for name, _ in model.named_parameters()]
+    model(**batch(model.get_base_model()))
+    assert [name for name, _ in model.named_parameters()] == before
+
+
 # -- refused -------------------------------------------------------------------------------------
 
 
@@ -518,3 +588,31 @@ def test_sft_trainer_ends_with_a_plain_lora_of_the_budget(tmp_path):
     trainer.save_model(str(tmp_path / "out"))
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
     equal(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # TRL's
+def test_dpo_of_an_adapted_model_trains_one_copy_and_keeps_the_other_as_reference(tmp_path):
+    """Given a PeftModel, TRL copies its adapter, gates included, into a frozen "ref"."""
+    model = adapted(task_type="CAUSAL_LM")
+    train(model, steps=5, total_steps=50)
+    start = logits(model)
+    rows = [{"prompt": "a film", "chosen": " good", "rejected": " bad"}] * 24
+    words = tiny_tokenizer()
+    words.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    callback = DynLoraCallback("default")
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(
+            output_dir=str(tmp_path), max_steps=12, learning_rate=2e-2, report_to=[], bf16=False,
+            save_strategy="no", disable_tqdm=True, use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words,
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert sum(callback.ranks.values()) == 14
+    assert type(model.peft_config["default"]) is LoraConfig
+    differ(logits(model), start)
+    model.set_adapter("ref")
+    equal(logits(model), start)

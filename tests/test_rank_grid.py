@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dynlora.report.rank_grid import SHADES, group_by_stack, rank_grid, shade, split_name
+from dynlora.report.layout import group_by_stack, split_name
+from dynlora.report.rank_grid import SHADES, rank_grid, shade
 
 BERT_KINDS = [
     "attention.self.query",

@@ -1,153 +1,142 @@
-"""Labelled texts: reading, refusing, splitting; tokenising; head; accuracy."""
-
-import gzip
+"""Text classification and regression: labels, metrics, baselines, GLUE's layouts."""
 
 import numpy as np
 import pytest
-from transformers import DistilBertConfig, DistilBertModel, EvalPrediction
+from datasets import ClassLabel, Dataset, Features, Value
+from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, EvalPrediction, ViTConfig
 
-from dynlora.tasks.text_classification import (
-    Example,
-    LabelledTexts,
-    accuracy,
-    hold_out,
-    majority_share,
-    read_labelled_texts,
-    sequence_classifier,
-    shipped_sample,
-    tokenised,
-)
-from tiny_classifier import save_encoder, tiny_tokenizer
+from dynlora.tasks.base_model import BaseModel
+from dynlora.tasks.data import Splits
+from dynlora.tasks.text_classification import FAMILY, Options, measure, read
+from dynlora.tasks.typed_fields import RecipeError
+from tiny_classifier import save_encoder
 
 
-def csv_file(tmp_path, content, name="texts.csv"):
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+def splits_of(train, evals, features=None):
+    evals = evals if isinstance(evals, dict) else {"": evals}
+    made = {k: Dataset.from_list(v, features=features) for k, v in evals.items()}
+    return Splits(train=Dataset.from_list(train, features=features), evals=made)
 
 
-def examples(**count_of_label):
-    return [
-        Example(text=f"{label} {i}", label=label)
-        for label, count in count_of_label.items()
-        for i in range(count)
-    ]
+def labelled(*labels):
+    return [{"text": f"good film {i}", "label": label} for i, label in enumerate(labels)]
 
 
-def test_shipped_sample_reads():
-    texts = shipped_sample()
-    assert (len(texts.train), len(texts.test), len(texts.labels)) == (8000, 1000, 26)
-    assert majority_share(texts) == 0.144
+def measured(options, labels, predictions):
+    prediction = EvalPrediction(predictions=np.array(predictions), label_ids=np.array(labels))
+    return measure(options, "", prediction)
 
 
-def test_split_column_is_followed(tmp_path):
-    content = 'text,label,split\n"a, b",x,train\nc,y,train\nd,x,test\n'
-    texts = read_labelled_texts(csv_file(tmp_path, content))
-    assert texts == LabelledTexts(
-        labels=("x", "y"),
-        train=(
-            Example(text="a, b", label="x", split="train"),
-            Example(text="c", label="y", split="train"),
-        ),
-        test=(Example(text="d", label="x", split="test"),),
-    )
-
-
-def test_gzip_bom_and_further_columns_are_fine(tmp_path):
-    content = gzip.compress("\ufefflabel,id,text\nx,1,a\nx,2,b\ny,3,c\ny,4,d\n".encode())
-    texts = read_labelled_texts(csv_file(tmp_path, content, "texts.csv.gz"))
-    assert texts.labels == ("x", "y")
-    assert len(texts.train) == len(texts.test) == 2
-
-
-def test_hold_out_takes_15_percent_of_each_label():
-    split = hold_out(examples(x=100, y=20, z=2, single=1))
-    held_out = [e.label for e in split if e.split == "test"]
-    assert {label: held_out.count(label) for label in "xyz"} == {"x": 15, "y": 3, "z": 1}
-    assert "single" not in held_out
-    assert len(split) == 123
-
-
-def test_hold_out_depends_on_texts_alone_and_keeps_equal_texts_together():
-    rows = examples(x=40, y=40) * 2
-    split = hold_out(rows)
-    assert {(e.text, e.split) for e in split} == {(e.text, e.split) for e in hold_out(rows[::-1])}
-    assert not {e.text for e in split if e.split == "train"} & {
-        e.text for e in split if e.split == "test"
-    }
+def test_labels_may_be_words_numbers_or_class_labels():
+    for labels in ("abba", [0, 1, 1, 0]):
+        data = read(Options(), splits_of(labelled(*labels), labelled(labels[0])))
+        assert data.labels == sorted({str(x) for x in labels})
+        assert data.train["labels"][:] == [0, 1, 1, 0]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    data = read(Options(), splits_of(labelled(1, 0), labelled(1), features))
+    assert data.labels == ["no", "yes"]
+    assert data.evals[""]["labels"][:] == [1]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("train", "evals", "options", "message"),
     [
-        ("words,label\na,x\n", r"column 'text' is missing, found \['words', 'label'\]"),
-        ("text\tlabel\na\tx\n", r"column 'text' is missing, .* separated by commas"),
-        ("", r"column 'text' is missing, found \[\]"),
-        ("text,label\na,x\n ,y\n", r"line 3: column 'text' is empty; fill it or delete the row"),
-        ("text,label\na\n", r"line 2: column 'label' is empty"),
-        ("text,label\na, b,x\n", r"line 2 has more cells .* double quotes"),
-        ("text,label\na,x\nb,x\n", r"holds 1 class\(es\) to train on; give at least 2"),
-        ("text,label\n", r"holds 0 class\(es\)"),
-        ("text,label,split\na,x,dev\n", r"line 2: column 'split' is 'dev'; write 'train' or"),
-        ("text,label,split\na,x,train\nb,y,test\n", r"label 'y' occurs only in the split 'test'"),
-        ("text,label\na,x\nb,y\n", r"no rows are held out for testing"),
-        (b"text,label\n\xff\xfe,x\n", r"is not UTF-8 text"),
+        ("ab", "c", {}, "label 'c' occurs in the evaluation split but not in train"),
+        ("aa", "a", {}, r"holds 1 class\(es\) to train on"),
+        (["a", "b", None], "a", {}, "row 2 of train has the label None"),
+        ([0.5, 1.5], [0.5], {}, "holds fractions; set options.is_regression"),
+        ("ab", "a", {"is_regression": True}, "label 'a', which is no number"),
+        ("ab", "a", {"label": "y"}, "column 'y' is missing in train"),
+        ("ab", "a", {"texts": ("text", "other")}, "column 'other' is missing in train"),
     ],
 )
-def test_unfit_files_are_refused_with_place_and_way_out(tmp_path, content, message):
-    path = csv_file(tmp_path, content)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_labelled_texts(path)
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
+def test_unfit_labels_are_refused(train, evals, options, message):
+    with pytest.raises(RecipeError, match=message):
+        read(Options(**options), splits_of(labelled(*train), labelled(*evals)))
 
 
-def test_a_missing_file_and_a_false_gzip_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not a file; give a CSV file with the columns text"):
-        read_labelled_texts(tmp_path / "absent.csv")
-    with pytest.raises(ValueError, match="cannot be read as CSV: Not a gzipped file"):
-        read_labelled_texts(csv_file(tmp_path, "text,label\n", "plain.csv.gz"))
+def test_unlabelled_rows_of_a_class_column_are_refused():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    with pytest.raises(RecipeError, match="row 0 of eval has the label -1"):
+        read(Options(), splits_of(labelled(1, 0), labelled(-1), features))
 
 
-def test_majority_is_that_of_the_training_rows():
-    train = (*examples(x=3, y=2),)
-    assert majority_share(LabelledTexts(labels=("x", "y"), train=train, test=train[2:])) == 1 / 3
+def test_class_columns_that_differ_are_refused():
+    one = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    other = Features({"text": Value("string"), "label": ClassLabel(names=["yes", "no"])})
+    splits = Splits(
+        train=Dataset.from_list(labelled(1, 0), features=one),
+        evals={"": Dataset.from_list(labelled(1), features=other)},
+    )
+    with pytest.raises(RecipeError, match="of the evaluation split has other classes"):
+        read(Options(), splits)
 
 
-def test_tokens_are_unpadded_cut_and_numbered():
-    rows = [Example(text="good film", label="pos"), Example(text="bad " * 99, label="neg")]
-    tokens = tokenised(rows, labels=("neg", "pos"), tokenizer=tiny_tokenizer())
-    assert tokens[0]["input_ids"] == [2, 4, 9, 3]
-    assert len(tokens[1]["input_ids"]) == 32
-    assert tokens["labels"] == [1, 0]
+def test_metrics_are_the_customary_ones():
+    options = Options(metrics=("matthews", "accuracy", "f1"))
+    logits = [[1, 0], [0, 1], [0, 1], [1, 0], [0, 1]]
+    labels, answers = [0, 1, 0, 0, 1], [0, 1, 1, 0, 1]
+    assert measured(options, labels, logits) == pytest.approx(
+        {
+            "matthews": matthews_corrcoef(labels, answers),
+            "accuracy": 0.8,
+            "f1": f1_score(labels, answers),
+        }
+    )
 
 
-def test_accuracy_is_the_share_of_right_answers():
-    logits = np.array([[0.1, 0.9], [2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
-    prediction = EvalPrediction(predictions=logits, label_ids=np.array([1, 0, 0, 0]))
-    assert accuracy(prediction) == {"accuracy": 0.75}
+def test_correlations_of_a_regression():
+    found = measured(Options(is_regression=True), [1.0, 2.0, 4.0], [[10.0], [20.0], [30.0]])
+    assert found == pytest.approx(
+        {"pearson": np.corrcoef([1, 2, 4], [1, 2, 3])[0, 1], "spearman": 1.0}
+    )
 
 
-def test_classifier_names_its_labels_and_its_new_modules(tmp_path):
+def test_a_constant_answer_has_no_correlation():
+    assert measured(Options(is_regression=True), [1.0, 2.0], [[3.0], [3.0]])["pearson"] == 0
+
+
+def test_baselines_are_those_of_the_majority_of_train():
+    data = read(
+        Options(metrics=("accuracy", "matthews")),
+        splits_of(labelled(*"aab"), {"m": labelled(*"aabb"), "mm": labelled("a")}),
+    )
+    assert data.baselines == {"accuracy": 0.75, "matthews": 0.0}
+    numbers = read(Options(is_regression=True), splits_of(labelled(0, 1), labelled(1, 2)))
+    assert numbers.baselines == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_pairs_are_read_together_and_cut(tmp_path):
+    rows = [{"premise": "good film " * 30, "hypothesis": "bad", "label": i % 2} for i in range(4)]
+    options = Options(texts=("premise", "hypothesis"), max_length=8)
+    data = read(options, splits_of(rows, {"matched": rows[:2], "mismatched": rows[2:]}))
+    prepared = FAMILY.prepare(options, data, BaseModel(name=save_encoder(tmp_path)))
+    assert set(prepared.evals) == {"matched", "mismatched"}
+    assert len(prepared.train[0]["input_ids"]) == 8
+    assert prepared.head == ["classifier"]
+
+
+def test_a_skeleton_has_the_same_shapes_and_no_weights(tmp_path):
+    data = read(Options(), splits_of(labelled(*"abc"), labelled("a")))
     folder = save_encoder(tmp_path)
-    model, new = sequence_classifier(folder, labels=("a", "b", "c"), tokenizer=tiny_tokenizer())
-    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert model.classifier.out_features == 3
-    assert new == ["classifier"]
+    real, bare = (
+        FAMILY.prepare(Options(), data, BaseModel(name=folder, is_skeleton=skeleton))
+        for skeleton in (False, True)
+    )
+    assert {n: p.shape for n, p in real.model.named_parameters()} == {
+        n: p.shape for n, p in bare.model.named_parameters()
+    }
+    assert bare.head == real.head
+    assert all(p.is_meta for p in bare.model.parameters())
 
 
-def test_all_new_modules_of_a_head_are_found(tmp_path):
-    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
-    folder = save_encoder(tmp_path, DistilBertConfig, DistilBertModel, **sizes)
-    _, new = sequence_classifier(folder, labels=("a", "b"), tokenizer=tiny_tokenizer())
-    assert new == ["classifier", "pre_classifier"]
-
-
-def test_a_head_for_other_labels_counts_as_new(tmp_path):
-    folder, tokenizer = save_encoder(tmp_path / "encoder"), tiny_tokenizer()
-    model, _ = sequence_classifier(folder, labels=("a", "b"), tokenizer=tokenizer)
-    model.save_pretrained(tmp_path / "trained")
-    same, three = (("a", "b"), ("a", "b", "c"))
-    trained = str(tmp_path / "trained")
-    assert sequence_classifier(trained, labels=same, tokenizer=tokenizer)[1] == []
-    assert sequence_classifier(trained, labels=three, tokenizer=tokenizer)[1] == ["classifier"]
+def test_a_model_without_such_a_head_is_refused(tmp_path):
+    ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    base = BaseModel(name=str(tmp_path))
+    with pytest.raises(
+        RecipeError, match="is a vit, for which transformers has no AutoModelForSeq"
+    ):
+        base.model(AutoModelForSequenceClassification, num_labels=2)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        BaseModel(name=str(tmp_path / "absent")).config()

@@ -9,7 +9,8 @@ import transformers as hf
 from peft import TaskType
 from torch import nn
 
-VOCABULARY = 40
+from tiny_models import VOCABULARY, LayerKinds
+
 ROWS, LENGTH = 3, 6
 
 
@@ -24,6 +25,7 @@ class Species:
         inputs: a batch with labels.
         adapter: DynLoraConfig fields beside the common ones.
         output: name of the output to compare.
+        drift: how far two equal runs may end apart, relative to the largest weight.
     """
 
     name: str
@@ -32,11 +34,24 @@ class Species:
     inputs: Callable[[], dict[str, Any]]
     adapter: dict[str, Any] = field(default_factory=dict)
     output: str = "logits"
+    drift: float = 0.0
 
     def build(self) -> nn.Module:
         """The same model at every call."""
         hf.set_seed(0)
         return self.model(self.config).eval()
+
+
+class LayerKindsWithLoss(LayerKinds):
+    """Conv1d, Conv2d, Embedding, MultiheadAttention and Linear in one model."""
+
+    def __init__(self, _config):
+        super().__init__()
+
+    def forward(self, input_ids, labels):
+        logits = super().forward(input_ids)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten() % 5)
+        return hf.modeling_outputs.TokenClassifierOutput(loss=loss, logits=logits)
 
 
 def _random() -> torch.Generator:
@@ -122,7 +137,8 @@ ZOO = [
             vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=3
         ),
         sentences,
-        CLASSIFY,
+        # "all-linear" would adapt it; PEFT saves as a whole whatever has "classifier" in its name
+        CLASSIFY | {"exclude_modules": ["pre_classifier"]},
     ),
     Species(
         "deberta_v3",
@@ -184,6 +200,19 @@ ZOO = [
         CAUSAL,
     ),
     Species(
+        "qwen2_moe_attention_and_shared_expert",
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig(
+            **DECODER,
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=12,
+        ),
+        text,
+        CAUSAL,
+    ),
+    Species(
         "vit",
         hf.ViTForImageClassification,
         hf.ViTConfig(**ENCODER, image_size=16, patch_size=8, num_labels=3),
@@ -220,5 +249,20 @@ ZOO = [
             begin_suppress_tokens=None,
         ),
         speech,
+    ),
+    Species(
+        "embedding_convolutions_linear",
+        LayerKindsWithLoss,
+        None,
+        text,
+        {"target_modules": ["embedding", "conv1d", "conv2d", "linear"]},
+    ),
+    Species(
+        "multihead_attention",
+        LayerKindsWithLoss,
+        None,
+        text,
+        {"target_modules": ["mha", "linear"]},
+        drift=1e-4,  # PEFT adds ΔW to the base weights in each forward and subtracts it again
     ),
 ]

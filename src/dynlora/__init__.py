@@ -9,7 +9,7 @@ from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.fold import finalize_
 from dynlora.adapter.penalty import dem_loss
 from dynlora.adapter.tuner import DynLoraModel
-from dynlora.adapter.warm_start import warm_start_
+from dynlora.adapter.warm_start import accept_dynlora_, warm_start_
 from dynlora.allocator import RankAllocator
 from dynlora.export.plain import export_lora
 from dynlora.trainer import DynLoraCallback, last_checkpoint
@@ -22,6 +22,7 @@ __all__ = [
     "DynLoraConfig",
     "DynLoraModel",
     "RankAllocator",
+    "accept_dynlora_",
     "dem_loss",
     "export_lora",
     "finalize_",

@@ -1,7 +1,6 @@
 """RankAllocator: joins the equations, the gated layers and an optimizer. All run state is here."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,16 +8,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora import allocation
-from dynlora.adapter.components import find_config, find_gated_layers, is_trainable
+from dynlora.adapter.components import GatedLayer, find_config, find_gated_layers, is_trainable
 from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
-from dynlora.adapter.sharding import add_gradient_, needs_full_gradient, scale_, whole
-from dynlora.compaction import UnknownStateError, compact_, release_dropped_
+from dynlora.adapter.sharding import laid_out, scale_all_
+from dynlora.compaction import compact_, release_dropped_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
-from dynlora.health import check_gradients, check_importance
+from dynlora.health import can_look, check_gradients, check_importance
+from dynlora.measures import component_sizes, prune_event
+from dynlora.moments import forget_pruned_
+from dynlora.optimizer_state import CannotShrinkError
+from dynlora.parameter_budget import fitting
+from dynlora.preflight import check_optimizer, check_shards, known_total_steps, target_components
 from dynlora.progress import STATE_VERSION, check_model, check_state
-from dynlora.stepping import attach, is_inner_step, loss_scale, steppable
+from dynlora.scoring import Score, add_dem_gradients_, chosen_score
+from dynlora.stepping import after_closure, attach, is_inner_step, loss_scale, steppable
 
 
 class RankAllocator:
@@ -34,13 +39,16 @@ class RankAllocator:
         optimizer: the torch optimizer that holds the adapter's parameters.
         total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
         adapter: which adapter; may be left out if only one is trainable.
+        score: instead of the config's importance: writes the components' scores into ``ema`` of each
+            layer, after every step until the freeze; for experiments with other importances.
 
     Attributes:
         step: optimizer steps seen.
         is_frozen: whether the ranks are final.
         num_components: N, components in the model at the start.
         target_components: N_T, components at the end: target_r times modules, rounded.
-        history: one entry a prune event: step, budget, and components revived since the last one.
+        history: one entry a prune event, as ``measures.prune_event`` makes it: step, budget, cut and
+            revived components, ranks by module name, importance of kept and cut ones, DEM, gates.
 
     Raises:
         ValueError: there is no such adapter, none that is trainable, ``total_steps`` is unknown, the
@@ -55,34 +63,32 @@ class RankAllocator:
         *,
         total_steps: int | None = None,
         adapter: str | None = None,
+        score: Score | None = None,
     ) -> None:
         self.model = model
         self.adapter, self.config = find_config(model, adapter)
+        self.score = score or chosen_score(self.config)
         self.layers = find_gated_layers(model, self.adapter)
         if not is_trainable(self.layers):
             raise ValueError(
                 f"adapter={self.adapter!r} is not trainable: its gates receive no gradient. Load it "
                 "with is_trainable=True, or activate it with model.set_adapter(...)."
             )
-        self.total_steps = self._checked_total_steps(total_steps)
+        self.total_steps = known_total_steps(self.config, total_steps)
         self.start, self.stop = allocation.pruning_window(
             self.total_steps, prune_start=self.config.prune_start, prune_end=self.config.prune_end
         )
         self.num_components = sum(m.num_components for m in self.layers)
-        self.target_components = max(1, int(self.config.target_r * len(self.layers) + 0.5))
-        if self.target_components > self.num_components:
-            raise ValueError(
-                f"target_r={self.config.target_r} asks for {self.target_components} components, but "
-                f"the {len(self.layers)} adapted modules start with {self.num_components}. Lower "
-                "target_r, or raise init_r or rank_pattern."
-            )
+        self.target_components = target_components(self.config, self.layers)
         self.step = 0
         self.is_frozen = False
         self._has_seen_a_step = False
-        self.history: list[dict[str, int]] = []
-        self._cut: list[Tensor] = []  # live masks as the last prune event left them, for revivals
+        self.history: list[dict[str, Any]] = []
+        self._copies: list[tuple[nn.Module, list[GatedLayer]]] = []
+        self._held: list[tuple[GatedLayer, Tensor]] = []  # layers with dead components, and masks
         self.optimizer = steppable(optimizer)
-        self._check_optimizer_holds_adapter()
+        check_optimizer(self.optimizer, self.layers)
+        check_shards(self.config, self.layers)
         self._finder = DdpFinder(model)
         self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)
         if isinstance(self.optimizer, Optimizer):
@@ -107,7 +113,55 @@ class RankAllocator:
             target=self.target_components,
             start=self.start,
             stop=self.stop,
+            schedule=self.config.schedule,
         )
+
+    def plan(self) -> dict[str, Any]:
+        """The run as it is meant to go, for its record; plain numbers.
+
+        Returns:
+            total_steps, window (t₀, t₁), schedule (step and budget of each prune event), ranks (now, by
+            module name), component_sizes (numbers in one component of plain LoRA, by module name),
+            num_components and target_components.
+        """
+        schedule = allocation.prune_plan(
+            total=self.num_components,
+            target=self.target_components,
+            start=self.start,
+            stop=self.stop,
+            interval=self.config.prune_interval,
+            schedule=self.config.schedule,
+        )
+        return {
+            "total_steps": self.total_steps,
+            "window": [self.start, self.stop],
+            "schedule": [list(event) for event in schedule],
+            "num_components": self.num_components,
+            "target_components": self.target_components,
+            "ranks": self.ranks(),
+            "component_sizes": component_sizes(self.layers),
+        }
+
+    def also_compact(self, copy: nn.Module) -> None:
+        """Let a copy of the model, such as an ``AveragedModel`` of torch, shrink with it at the freeze.
+
+        A copy averages parameters pairwise with the model's, so it must keep their shapes. It ends as a
+        model with a DynLora adapter of the same ranks: ``finalize_(copy)`` makes it a plain LoRA.
+
+        Args:
+            copy: a deep copy of the model, wrapped or not, made before or after the freeze.
+
+        Raises:
+            ValueError: the copy has no such adapter, or its modules have other ranks than the model's.
+        """
+        layers = find_gated_layers(copy, self.adapter)
+        ours = [(m.name, m.num_components) for m in self.layers]
+        if [(m.name, m.num_components) for m in layers] != ours:
+            raise ValueError(
+                f"copy={type(copy).__name__} does not hold adapter {self.adapter!r} with the shapes that "
+                "the model has now. Pass the AveragedModel, or deep copy, of this very model."
+            )
+        self._copies.append((copy, layers))
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; nothing is scored or pruned from here on."""
@@ -177,7 +231,7 @@ class RankAllocator:
         self.start, self.stop = state["window"]
         self.num_components = state["num_components"]
         self.history = [dict(event) for event in state["history"]]
-        self._cut = [m.live.clone() for m in self.layers]
+        self._note_masks()
 
     def _plan(self) -> dict[str, Any]:
         """What must not change between the parts of one run."""
@@ -190,34 +244,11 @@ class RankAllocator:
             "ema_beta": self.config.ema_beta,
             "dem_weight": self.config.dem_weight,
             "revival": self.config.revival,
+            "importance": self.config.importance,
+            "schedule": self.config.schedule,
+            "budget": self.config.budget,
             "modules": {m.name: m.scaling for m in self.layers},
         }
-
-    def _checked_total_steps(self, total_steps: int | None) -> int:
-        planned = self.config.total_steps
-        if total_steps is None and planned is None:
-            raise ValueError(
-                "total_steps is unknown: the schedule needs the number of optimizer steps of the whole "
-                "run. Pass RankAllocator(..., total_steps=...) or DynLoraConfig(total_steps=...)."
-            )
-        if total_steps is not None and planned is not None and total_steps != planned:
-            raise ValueError(
-                f"total_steps={total_steps} differs from DynLoraConfig(total_steps={planned}). Leave it "
-                "out of the config to follow the trainer."
-            )
-        return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
-
-    def _check_optimizer_holds_adapter(self) -> None:
-        if not isinstance(self.optimizer, Optimizer):
-            return  # ZeRO's groups hold flat copies
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for gated in self.layers:
-            if not gated.is_dropped and not {id(p) for p in gated.parameters} <= held:
-                raise ValueError(
-                    f"optimizer={type(self.optimizer).__name__} does not hold the adapter parameters of "
-                    f"module {gated.name!r}. Build it after get_peft_model and after loading adapter "
-                    "weights, from [p for p in model.parameters() if p.requires_grad]."
-                )
 
     # -- before the step: DEM -------------------------------------------------------------------
 
@@ -229,32 +260,22 @@ class RankAllocator:
         if closure is None:
             self._prepare_gradients(optimizer)
             return None
-        wrapped = _after_closure(closure, lambda: self._prepare_gradients(optimizer))
+        wrapped = after_closure(closure, lambda: self._prepare_gradients(optimizer))
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    @torch.no_grad()
-    def _prepare_gradients(self, optimizer: Optimizer) -> None:
-        if (
-            loss_scale(optimizer) == 1
-        ):  # else the optimizer looks for infinity itself and skips the step
+    def _prepare_gradients(self, optimizer: Any) -> None:
+        scale = loss_scale(optimizer)
+        if scale is None and can_look(
+            self.layers
+        ):  # a scaled step is checked, and skipped, by its scaler
             check_gradients(self.layers, step=self.step + 1)
         if self.is_frozen or self.config.dem_weight == 0:
             return
-        factor = self.config.dem_weight / self.num_components * loss_scale(optimizer)
-        for gated in self.layers:
-            a, b, _ = gated.parameters
-            for weight, rank_dim in ((a, 0), (b, 1)):
-                if needs_full_gradient(weight):
-                    full = whole(weight)
-                    penalty = torch.zeros_like(full)
-                    allocation.add_dem_gradient_(penalty, full, rank_dim=rank_dim, factor=factor)
-                    add_gradient_(weight, penalty)
-                    continue
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-                allocation.add_dem_gradient_(weight.grad, weight, rank_dim=rank_dim, factor=factor)
+        add_dem_gradients_(
+            self.layers, factor=self.config.dem_weight / self.num_components, grad_scale=scale
+        )
 
     # -- after the step: score, schedule, prune --------------------------------------------------
 
@@ -277,7 +298,7 @@ class RankAllocator:
             for gated in self.layers:
                 stop_waiting(gated.layer, self.adapter)
         if not self.is_frozen:
-            self._score()
+            self.score(self.layers, self.step)
             if allocation.is_prune_step(
                 self.step, start=self.start, stop=self.stop, interval=self.config.prune_interval
             ):
@@ -287,50 +308,38 @@ class RankAllocator:
         elif self.is_frozen or not self.config.revival:
             self._hold_masks()
 
-    def _score(self) -> None:
-        """Eq. 7 and 8 for all modules, those of equal rank in one batch."""
-        by_rank: dict[int, list[int]] = {}
-        for i, gated in enumerate(self.layers):
-            by_rank.setdefault(gated.num_components, []).append(i)
-        for indices in by_rank.values():
-            modules = [self.layers[i] for i in indices]
-            grams = [m.grams() for m in modules]
-            grams_a, grams_b = (torch.stack(g) for g in zip(*grams, strict=True))
-            gates = torch.stack([whole(m.gate).to(grams_a.dtype) for m in modules])
-            importance = allocation.component_importance(grams_a, grams_b, gates)
-            check_importance([m.name for m in modules], list(importance), step=self.step)
-            emas = [m.ema for m in modules]
-            allocation.smooth_importance_(
-                emas,
-                [s.to(e.dtype) for s, e in zip(importance, emas, strict=True)],
-                beta=self.config.ema_beta,
-            )
-
     def _prune(self) -> None:
         """Keep the budget's best components of the whole model; the gates of the others become 0."""
         scores = torch.cat([m.ema.float() for m in self.layers])
         if not self.config.revival:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
-        check_importance(
-            [m.name for m in self.layers], [m.ema for m in self.layers], step=self.step
-        )
-        keep = agreed(allocation.select_components(scores, self.budget))
-        revived = 0
-        for i, (gated, live) in enumerate(
-            zip(self.layers, keep.split([m.num_components for m in self.layers]), strict=True)
-        ):
-            if self._cut:
-                revived += int((live & ~self._cut[i]).sum())
+        names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
+        check_importance(names, emas, step=self.step)
+        keep = allocation.select_components(scores, self.budget)
+        if self.config.budget == "parameters":
+            keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
+        keep = agreed(keep)
+        before = torch.cat([m.live for m in self.layers])
+        sizes = [m.num_components for m in self.layers]
+        for gated, live in zip(self.layers, keep.split(sizes), strict=True):
             gated.live.copy_(live)
-        self._cut = [m.live.clone() for m in self.layers]
+        self._note_masks()
         self._hold_masks()
-        self.history.append({"step": self.step, "budget": self.budget, "revived": revived})
+        if self.config.forget_pruned:
+            forget_pruned_(self.layers, self.optimizer)
+        self.history.append(prune_event(self.layers, scores, before, keep, step=self.step))
+
+    def _note_masks(self) -> None:
+        """Remember whose gates to hold at 0, so that no step has to ask the device."""
+        present = [m for m in self.layers if not m.is_dropped]
+        if bool(torch.cat([m.live for m in present]).all()):
+            present = []
+        self._held = [(m, laid_out(m.live.to(m.gate.dtype), m.gate)) for m in present]
 
     def _hold_masks(self) -> None:
-        for gated in self.layers:
-            if not gated.is_dropped:
-                scale_(gated.gate, gated.live.to(gated.gate.dtype))
+        if self._held:
+            scale_all_([m.gate for m, _ in self._held], [mask for _, mask in self._held])
 
     def freeze_(self) -> None:
         """Make the ranks final now: cut to the target budget and compact, whatever the step.
@@ -349,6 +358,10 @@ class RankAllocator:
 
     def _freeze(self) -> None:
         self.is_frozen = True
+        for _, layers in self._copies:
+            for copied, gated in zip(layers, self.layers, strict=True):
+                copied.live.copy_(gated.live)
+                copied.gate.mul_(gated.live.to(copied.gate.device))
         ddp = self._finder.ddp
         if not self.config.compact or (world_size() > 1 and not (ddp and can_rebuild(ddp))):
             return
@@ -356,20 +369,16 @@ class RankAllocator:
             return
         try:
             compact_(self.layers, self.optimizer)
-        except UnknownStateError as reason:
+            self._note_masks()
+        except CannotShrinkError as reason:
             warnings.warn(
                 f"Dead components keep their place until finalize_: {reason}", stacklevel=2
             )
             return
         if ddp:
             rebuild_reducer_(ddp)
-        swap_config_(self.model, self.adapter, ragged_config(self.model, self.config, self.layers))
-
-
-def _after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
-    def wrapped() -> Any:
-        loss = closure()
-        action()
-        return loss
-
-    return wrapped
+        ragged = ragged_config(self.config, self.layers)
+        swap_config_(self.model, self.adapter, ragged)
+        for copy, layers in self._copies:
+            compact_(layers, None)
+            swap_config_(copy, self.adapter, ragged)

@@ -4,7 +4,7 @@ New Parameters are swapped in everywhere. Giving an old one another shape would 
 backward while an autograd graph, or only its AccumulateGrad node, is alive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,36 +13,36 @@ from torch.optim import Optimizer
 
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.layers import can_drop, drop_, dropped_parameters, note_rank_, set_factors_
+from dynlora.optimizer_state import CannotShrinkError, cut_states
 
 _RANK_DIMS = (0, 1, 0)  # where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components
 
 
-class UnknownStateError(TypeError):
-    """An optimizer keeps state of a shape that cannot be cut down to the live components."""
-
-
-def compact_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
+def compact_(layers: Sequence[GatedLayer], optimizer: Optimizer | None) -> None:
     """Cut every layer down to its live components, in place; a module of rank 0 stops computing.
 
     Everything is prepared before anything is changed, so an error leaves the run as it was.
 
     Args:
         layers: gated layers whose ``live`` masks say what stays; dead gates must be 0.
-        optimizer: the optimizer that holds their parameters.
+        optimizer: the optimizer that holds their parameters; None for a copy that no one trains.
 
     Raises:
-        UnknownStateError: a state tensor has neither the parameter's shape nor a known factored one.
+        CannotShrinkError: a state tensor has neither the parameter's shape nor a known one, the
+            optimizer keeps a list of parameters of its own, or a parameter has hooks.
     """
     swaps: dict[int, tuple[nn.Parameter, nn.Parameter, dict[str, Any]]] = {}
     shrinking = [m for m in layers if not m.is_dropped and not bool(m.live.all())]
     for gated in shrinking:
         keep = gated.live.nonzero().flatten()
         for old, dim in zip(gated.parameters, _RANK_DIMS, strict=True):
-            state = {
-                key: cut_state(key, value, old, keep.to(old.device), dim)
-                for key, value in optimizer.state.get(old, {}).items()
-            }
-            swaps[id(old)] = (old, _cut_parameter(old, keep.to(old.device), dim), state)
+            _refuse_hooks(gated.name, old)
+            here = keep.to(old.device)
+            held = optimizer.state.get(old, {}) if optimizer else {}
+            state = cut_states(held, old, here, dim)
+            swaps[id(old)] = (old, _cut_parameter(old, here, dim), state)
+    if optimizer:
+        _refuse_private_lists(optimizer, swaps)
     gone: set[int] = set()
     for gated in shrinking:
         rank = int(gated.live.sum())
@@ -57,7 +57,27 @@ def compact_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
             drop_(gated.layer, gated.adapter)
         else:
             note_rank_(gated.layer, gated.adapter, rank)
-    _swap_in_optimizer_(optimizer, swaps, gone)
+    if optimizer:
+        _swap_in_optimizer_(optimizer, swaps, gone)
+
+
+def _refuse_hooks(name: str, parameter: nn.Parameter) -> None:
+    """A hook, such as an optimizer step in the backward pass, would stay behind with the old one."""
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise CannotShrinkError(
+            f"a factor of module {name!r} of shape {tuple(parameter.shape)} has hooks of its own. Set "
+            "compact=False to keep all shapes until finalize_."
+        )
+
+
+def _refuse_private_lists(optimizer: Optimizer, swaps: Mapping[int, Any]) -> None:
+    """LBFGS and others go on training the parameters they noted down at the start."""
+    for name, value in vars(optimizer).items():
+        if isinstance(value, list | tuple) and any(id(p) in swaps for p in value):
+            raise CannotShrinkError(
+                f"optimizer {type(optimizer).__name__} keeps a list of parameters of its own, {name!r}. "
+                "Set compact=False to keep all shapes until finalize_."
+            )
 
 
 def release_dropped_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
@@ -78,43 +98,9 @@ def _cut_parameter(old: nn.Parameter, keep: Tensor, dim: int) -> nn.Parameter:
     return new
 
 
-def cut_state(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> object:
-    """The part of one optimizer state entry that belongs to the components in ``keep``.
-
-    Args:
-        key: name of the entry.
-        value: the entry: a tensor of the parameter's shape; a factored second moment as Adafactor
-            keeps it, in torch (one dimension is 1) or transformers (the last or the last but one
-            dimension is missing); a scalar; or no tensor at all.
-        old: the parameter before the cut.
-        keep: indices of the live components, (live,).
-        dim: the dimension of ``old`` that counts components.
-
-    Raises:
-        UnknownStateError: the entry has another shape.
-    """
-    if not isinstance(value, Tensor):
-        return value
-    if value.ndim == old.ndim and all(
-        have in {full, 1} for have, full in zip(value.shape, old.shape, strict=True)
-    ):
-        return value.index_select(dim, keep) if value.shape[dim] == old.shape[dim] else value
-    if value.numel() == 1:
-        return value
-    rows, columns = old.shape[:-1], (*old.shape[:-2], *old.shape[-1:])
-    if old.ndim > 1 and value.shape == rows and not ("col" in key and rows == columns):
-        return value.index_select(dim, keep) if dim < old.ndim - 1 else value
-    if old.ndim > 1 and value.shape == columns:
-        return value if dim == old.ndim - 2 else value.index_select(min(dim, old.ndim - 2), keep)
-    raise UnknownStateError(
-        f"optimizer state {key!r} of shape {tuple(value.shape)} cannot be cut with its parameter of "
-        f"shape {tuple(old.shape)}. Set compact=False to keep all shapes until finalize_."
-    )
-
-
 def _swap_in_optimizer_(
     optimizer: Optimizer,
-    swaps: dict[int, tuple[nn.Parameter, nn.Parameter, dict[str, Any]]],
+    swaps: Mapping[int, tuple[nn.Parameter, nn.Parameter, dict[str, Any]]],
     gone: set[int],
 ) -> None:
     for group in optimizer.param_groups:

@@ -13,6 +13,11 @@ from dynlora.distributed import world_size
 _FACTORS = ("A", "B", "the gate c")
 
 
+def can_look(layers: Sequence[GatedLayer]) -> bool:
+    """Whether reading a number costs nothing; on an accelerator it would wait for all queued work."""
+    return layers[0].ema.device.type == "cpu"
+
+
 @torch.no_grad()
 def check_gradients(layers: Sequence[GatedLayer], *, step: int) -> None:
     """Refuse a step whose adapter gradients are not finite, before it spoils weights and moments.

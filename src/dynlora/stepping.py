@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dynlora.adapter.zero import zero_optimizer
@@ -84,15 +85,27 @@ def is_inner_step(optimizer: Optimizer) -> bool:
     return wrappers == 2
 
 
-def loss_scale(optimizer: Any) -> float:
-    """By how much the gradients in front of the coming step are still scaled up.
+def after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
+    """A closure for ``step`` that does ``action`` each time it has computed the gradients."""
+
+    def wrapped() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    return wrapped
+
+
+def loss_scale(optimizer: Any) -> Tensor | float | None:
+    """By how much the gradients in front of the coming step are still scaled up, None if not at all.
 
     A fused torch optimizer unscales inside ``step``, and so does a ZeRO optimizer in fp16.
     """
-    scale = getattr(optimizer, "grad_scale", None)
+    scale: Tensor | float | None = getattr(optimizer, "grad_scale", None)
     if scale is None and not isinstance(optimizer, Optimizer):
-        scale = optimizer.loss_scale
-    return 1.0 if scale is None else float(scale)
+        scale = float(optimizer.loss_scale)
+        return None if scale == 1 else scale
+    return scale
 
 
 _TORCH_OPTIMIZER = Optimizer.__module__

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from dynlora.allocator import RankAllocator
+from dynlora.history import HistoryFile
+from dynlora.live import LiveLogs, RankImage, calling_handler, stand_first
+from dynlora.measures import memory_bytes
+from dynlora.scoring import Score
 
 MAX_SKIPPED_STEPS = 40
 """fp16 only: a GradScaler starts at 2**16 and halves its scale at each skipped step, so more skips
 in a row mean that no gradient will ever be finite."""
+
+_KEPT = ("step", "budget", "cut", "revived")
 
 
 class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
@@ -22,33 +29,52 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     Builds a RankAllocator on the Trainer's optimizer and number of steps, saves and restores its
     progress with each checkpoint, and turns the adapter into a plain LoRA when training ends (after
-    ``load_best_model_at_end``).
+    ``load_best_model_at_end``). What happens on the way is in the Trainer's logs (mean rank, budget,
+    DEM, gates: see ``live.live_fields``) and, line by line, in ``history.jsonl`` in ``output_dir``.
 
     Args:
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
+        rank_image: draws the ranks at each prune event for TensorBoard, such as
+            ``dynlora.report.rank_image``; None draws nothing.
+        score: another importance than the paper's; see RankAllocator.
 
     Attributes:
         allocator: the RankAllocator of the current run, None before training.
         ranks: final rank by module name, zeros included; empty until training has ended.
-        history: one entry a prune event (step, budget, revived).
+        history: one entry a prune event; see RankAllocator.history.
     """
 
-    def __init__(self, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter: str | None = None,
+        rank_image: RankImage | None = None,
+        *,
+        score: Score | None = None,
+    ) -> None:
         self.adapter = adapter
+        self.rank_image = rank_image
+        self.score = score
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
         self._skipped = 0
         self._seen = 0
         self._is_complete = False
+        self._file: HistoryFile | None = None  # of the first process
+        self._written = 0  # prune events that are in the file
 
     @property
-    def history(self) -> list[dict[str, int]]:
+    def history(self) -> list[dict[str, Any]]:
         """Prune events so far; see RankAllocator.history."""
         return self.allocator.history if self.allocator else []
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into ``trainer_state.json`` for this callback."""
+        """What Trainer writes into ``trainer_state.json`` for this callback.
+
+        Of the history only its few numbers: the rest is in ``history.jsonl``, not in each checkpoint.
+        """
         progress = self.allocator.state_dict() if self.allocator else None
+        if progress is not None:
+            progress["history"] = [{k: e[k] for k in _KEPT} for e in progress["history"]]
         return {"args": {"adapter": self.adapter}, "attributes": {"progress": progress}}
 
     def on_train_begin(
@@ -63,7 +89,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Build the allocator; on a resumed run, restore its progress."""
         self.allocator = RankAllocator(
-            model, optimizer, total_steps=state.max_steps, adapter=self.adapter
+            model, optimizer, total_steps=state.max_steps, adapter=self.adapter, score=self.score
         )
         if state.global_step > 0:
             self.allocator.load_state_dict(_saved_progress(state))
@@ -71,6 +97,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._is_complete = state.global_step >= state.max_steps
         if self._is_complete:
             self.allocator.detach()
+        stand_first(LiveLogs(self.allocator, self.rank_image), calling_handler())
+        self._open_history(args, state)
 
     def on_pre_optimizer_step(
         self,
@@ -94,6 +122,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         """Fail at the first step that went by without the allocator."""
         allocator = self._running()
+        self._write_prune_events()
         if self._is_complete:
             control.should_training_stop = True
             return
@@ -106,6 +135,19 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
                 "optimizer after on_train_begin, or wraps it without torch's step hooks, cannot drive "
                 "dynlora; use RankAllocator(model, optimizer, total_steps=...) on the real one."
             )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any],
+        **_kwargs: Any,
+    ) -> None:
+        """Keep what Trainer logs, evaluations included, beside the prune events."""
+        if not self._is_complete:
+            self._write("log", step=state.global_step, logs=logs, memory_bytes=memory_bytes())
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
@@ -125,6 +167,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         if any(gated.is_sharded for gated in allocator.layers):
             self.ranks = allocator.ranks()
             allocator.detach()
+            self._write_end(allocator)
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO) and stays gated. Call "
                 "export_lora(trainer.model, folder) on every process to write the plain LoRA; save_model "
@@ -133,6 +176,42 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             )
             return
         self.ranks = allocator.finalize_()
+        self._write_end(allocator)
+
+    def _open_history(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Begin ``history.jsonl``, or take it up where the checkpoint was written."""
+        allocator = self._running()
+        self._written = len(allocator.history)
+        self._file = None
+        if not state.is_world_process_zero:
+            return
+        step = state.global_step
+        self._file = HistoryFile(args.output_dir, resume_step=step if step > 0 else None)
+        told = {e["step"]: e for e in self._file.events if e["event"] == "prune"}
+        for entry in allocator.history:
+            entry.update({k: v for k, v in told.get(entry["step"], {}).items() if k != "event"})
+        self._write("start", step=step, **allocator.plan(), memory_bytes=memory_bytes())
+
+    def _write_prune_events(self) -> None:
+        history = self._running().history
+        for entry in history[self._written :]:
+            self._write("prune", **entry)
+        self._written = len(history)
+
+    def _write_end(self, allocator: RankAllocator) -> None:
+        self._write_prune_events()
+        self._write(
+            "end",
+            step=allocator.step,
+            ranks=self.ranks,
+            budget=sum(self.ranks.values()),
+            is_frozen=allocator.is_frozen,
+            memory_bytes=memory_bytes(),
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self._file is not None:
+            self._file.append({"event": event, "time": round(time.time(), 3), **fields})
 
     def _running(self) -> RankAllocator:
         if self.allocator is None:

@@ -8,11 +8,12 @@ from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.flat_shards import remember_flat_shards, unwrap_fsdp, without_wrappers
 from dynlora.adapter.layers import factors, is_dropped, is_gated
-from dynlora.adapter.sharding import is_sharded, whole
+from dynlora.adapter.sharding import is_sharded
 from dynlora.adapter.zero import unwrap_engine
 
 
@@ -70,34 +71,42 @@ class GatedLayer:
         """Stored components, pruned ones that still have a place included."""
         return self.live.shape[0]
 
-    @torch.no_grad()
-    def grams(self) -> tuple[Tensor, Tensor]:
-        """A Aᵀ and Bᵀ B in at least fp32, (rank, rank) each."""
-        a, b, _ = self.parameters
-        rows = _at_least_fp32(whole(a).flatten(1))
-        columns = _at_least_fp32(whole(b).flatten(1))
-        return rows @ rows.T, columns.T @ columns
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The base model that holds the adapted layers, below PeftModel, tuner and all other wrappers."""
+    """The base model that holds the adapted layers, below all wrappers.
+
+    Module names in configs are relative to it. A module that only contains an adapted model, such as a
+    SentenceTransformer or a LightningModule, counts as a wrapper.
+    """
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
         elif isinstance(model, BaseTuner):
             model = model.model
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
         elif (inner := unwrap_engine(unwrap_fsdp(model))) is not model:
             model = inner
+        elif (holder := _adapted_inside(model)) is not None:
+            model = holder
         else:
             return model
+
+
+def _adapted_inside(model: nn.Module) -> nn.Module | None:
+    """The only adapted model inside one that knows of no adapter itself."""
+    holders = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(vars(m).get("peft_config"), dict)
+    ]
+    if not holders or holders[0][1] is model:
+        return None
+    first, holder = holders[0]
+    is_only = all(name.startswith(first + ".") for name, _ in holders[1:])
+    return holder if is_only else None
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:

@@ -4,15 +4,47 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from dynlora.adapter.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
+from dynlora.allocation.schedule import Schedule
 
 _DEFAULT_TARGET_R = 8
 _EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
+
+Importance = Literal["share", "norm", "gate", "sensitivity"]
+Init = Literal["kaiming", "lora"]
+Budget = Literal["components", "parameters"]
+
+_CHOICES: dict[str, Any] = {
+    "importance": Importance,
+    "schedule": Schedule,
+    "init": Init,
+    "budget": Budget,
+    "preset": Literal["paper", None],
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "importance": "share",
+        "schedule": "slow-fast",
+        "init": "kaiming",
+        "init_std": None,
+        "budget": "components",
+        "forget_pruned": False,
+        "revival": True,
+        "prune_start": 0.15,
+        "prune_end": 0.5,
+        "ema_beta": 0.9,
+        "dem_weight": 0.1,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+    }
+}
+"""What the paper and its code set; dem_weight and prune_interval vary by task there."""
 
 _REFUSED = {
     "use_dora": "weight-decomposed DoRA (NVIDIA) is another method",
@@ -58,7 +90,8 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
 
     A module starts with ``init_r`` components; training prunes the least important ones of the whole
     model until ``target_r`` per module are left on average. All other fields are LoraConfig's, with
-    their meaning there; ``rank_pattern`` sets initial ranks. ``r`` is not given: it is ``init_r``.
+    their meaning there; ``rank_pattern`` sets initial ranks, 0 in the config that is saved with a module
+    that fell to rank 0. ``r`` is not given: it is ``init_r``.
 
     Args:
         init_r: components per adapted module at the start; ceil(1.5 · target_r) if not given.
@@ -76,6 +109,23 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
             of RankAllocator says it.
         init_std: None draws A and B as the official code does (Kaiming uniform, a = 0); a number
             draws both from N(0, init_std²). The gate c starts at 0 either way.
+        init: where init_std is None: ``kaiming`` is the official code's (a = 0: B's elements have the
+            variance 2 / init_r, hundreds of times A's); ``lora`` is LoRA's own Kaiming (a = √5) for
+            both, a sixth of that variance.
+        importance: what components are ranked by. ``share``: Eq. 7, their share of their module's
+            update. ``norm``: the norm of their own update, so that modules that change more keep more.
+            ``gate``: abs(c) alone. ``sensitivity``: abs(c · ∂L/∂c), what the loss would lose.
+        schedule: ``slow-fast``, Eq. 9, cuts most at the end of the window, when scores are ripe;
+            ``fast-slow``, AdaLoRA's cubic, leaves the survivors more steps at their final ranks.
+        budget: what target_r counts: ``components``, or ``parameters``: as many numbers as a LoRA of
+            rank target_r on the same modules has, so that wide modules pay for their width.
+        forget_pruned: whether the optimizer's state of pruned components is set to 0 at each pruning,
+            so that only their gradient can bring them back, not old momentum.
+        preset: ``paper`` gives every field above that is left at its default the paper's value, and
+            lora_alpha and lora_dropout too, whatever the defaults of this version are.
+        fused: whether plain Linear layers compute base and adapter in one autograd function where
+            that is possible (one active adapter, no hooks, one dtype); the result is the same to
+            rounding. False always takes PEFT's path.
 
     Raises:
         ValueError: a rule above is broken, ``r`` is given, or a LoRA variant is asked for that has no
@@ -121,6 +171,27 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     init_std: float | None = field(
         default=None, metadata={"help": "Draw A and B from N(0, init_std^2); None: Kaiming."}
     )
+    init: Init = field(
+        default="kaiming", metadata={"help": "Kaiming init of the paper's code, or LoRA's."}
+    )
+    importance: Importance = field(
+        default="share", metadata={"help": "What components are ranked by."}
+    )
+    schedule: Schedule = field(
+        default="slow-fast", metadata={"help": "Cut slowly first, or fast first."}
+    )
+    budget: Budget = field(
+        default="components", metadata={"help": "What target_r counts: components or parameters."}
+    )
+    forget_pruned: bool = field(
+        default=False, metadata={"help": "Clear the optimizer's state of pruned components."}
+    )
+    preset: Literal["paper"] | None = field(
+        default=None, metadata={"help": "paper: its values for fields left at their default."}
+    )
+    fused: bool = field(
+        default=True, metadata={"help": "Faster, equal path for plain Linear layers."}
+    )
 
     def __post_init__(self) -> None:
         """Check every rule, then let LoraConfig check its own."""
@@ -129,6 +200,8 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
                 f"r={self.r} must not be given: dynlora trains with a rank budget. Set target_r (mean "
                 "rank at the end) and, if you like, init_r (rank at the start)."
             )
+        self._check_choices()
+        self._apply_preset()
         self._check_ranks()
         self._check_schedule()
         self._check_variants()
@@ -160,6 +233,18 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     def to_dict(self) -> dict[str, Any]:
         """Fields for adapter_config.json, without ``r``, which follows from ``init_r``."""
         return {key: value for key, value in super().to_dict().items() if key != "r"}
+
+    def _check_choices(self) -> None:
+        for name, kind in _CHOICES.items():
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
+
+    def _apply_preset(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, value in PRESETS.get(self.preset or "", {}).items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
 
     def _check_ranks(self) -> None:
         if not _is_number(self.target_r) or not self.target_r > 0:

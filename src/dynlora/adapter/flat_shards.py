@@ -51,10 +51,17 @@ def is_flat_shard(tensor: Tensor) -> bool:
     return tensor in _places
 
 
+def flat_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the full parameter."""
+    handle, index = _places[parameter]
+    shape: torch.Size = handle.flat_param._shapes[index]
+    return shape
+
+
 def gather_flat(parameter: Tensor) -> Tensor:
     """The full parameter, on every process (a collective call)."""
-    handle, index = _places[parameter]
-    shape = handle.flat_param._shapes[index]
+    handle, _ = _places[parameter]
+    shape = flat_shape(parameter)
     if parameter.shape == shape and not handle.uses_sharded_strategy:
         return parameter
     full = parameter.new_zeros(shape.numel())

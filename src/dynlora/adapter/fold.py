@@ -30,31 +30,49 @@ Folded = dict[str, tuple[Tensor, Tensor]]
 def fold(layer: GatedLayer) -> tuple[Tensor, Tensor]:
     """A' (live rank, in, ...) and B' (out, live rank, ...) of one layer, with scaling 1.
 
-    Folding is done in fp32 at least and returned in the factors' own dtype.
+    Live is what contributes: before the freeze a component may be on its way back, with a gate that is
+    no longer 0, and leaving it out would change the function. Folding is done in fp32 at least and
+    returned in the factors' own dtype.
     """
     a, b, c = (whole(p).detach() for p in layer.parameters)
-    keep = ((c != 0) & layer.live.to(c.device)).nonzero().flatten()
+    return fold_factors(a, b, c, scaling=layer.scaling)
+
+
+def fold_factors(a: Tensor, b: Tensor, c: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """A' = A[keep] and B' = s · (B ⊙ c)[:, keep]; kept is what has a gate.
+
+    Args:
+        a: (rank, in, ...).
+        b: (out, rank, ...).
+        c: gates, (rank,); ones for a plain LoRA.
+        scaling: s.
+    """
+    kept = c.nonzero().flatten()
     exact = torch.promote_types(b.dtype, torch.float32)
-    gain = (c.to(exact) * layer.scaling).view(1, -1, *[1] * (b.ndim - 2))
-    folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, keep)
-    return a.index_select(0, keep).contiguous(), folded_b.contiguous()
+    gain = (c.to(exact) * scaling).view(1, -1, *[1] * (b.ndim - 2))
+    folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, kept)
+    return a.index_select(0, kept).contiguous(), folded_b.contiguous()
 
 
 def fold_all(layers: list[GatedLayer]) -> Folded:
     """Folded factors of every layer by name; dropped layers are absent, dead ones have rank 0."""
     folded = {m.name: fold(m) for m in layers if not m.is_dropped}
-    for name in folded:
-        inner = name + OUT_PROJECTION
-        if inner in folded:  # stock PEFT gives both halves of MultiheadAttention one rank
-            rank = max(folded[name][0].shape[0], folded[inner][0].shape[0])
-            folded[name], folded[inner] = (
-                _padded(*folded[name], rank),
-                _padded(*folded[inner], rank),
-            )
+    pad_halves(folded)
     return folded
 
 
-def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def pad_halves(folded: Folded) -> None:
+    """Give both halves of each MultiheadAttention one rank, as stock PEFT has it, in place."""
+    for name in folded:
+        inner = name + OUT_PROJECTION
+        if inner in folded:
+            rank = max(folded[name][0].shape[0], folded[inner][0].shape[0])
+            folded[name] = padded(*folded[name], rank)
+            folded[inner] = padded(*folded[inner], rank)
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with zero components up to ``rank``."""
     gap = rank - a.shape[0]
     a = torch.cat([a, a.new_zeros(gap, *a.shape[1:])])
     return a, torch.cat([b, b.new_zeros(b.shape[0], gap, *b.shape[2:])], dim=1)
@@ -91,9 +109,10 @@ def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         stop_waiting(gated.layer, adapter)
         if ranks[gated.name]:
             _install_(gated, *folded[gated.name])
+    base_model = unwrapped(model)
     for gated in layers:
         if ranks[gated.name] == 0:
-            _remove_(model, gated)
+            _remove_(base_model, gated)
     swap_config_(model, adapter, plain)
     return ranks
 
@@ -110,7 +129,7 @@ def _install_(gated: GatedLayer, a: Tensor, b: Tensor) -> None:
             del layer.lora_variant[adapter]
     else:
         lora_a = layer.lora_A[adapter]
-        del lora_a.c
+        del lora_a.c, lora_a.is_fused
         lora_a.__class__ = type(lora_a).__bases__[0]
         lora_a.weight, layer.lora_B[adapter].weight = new_a, new_b
     layer.use_rslora[adapter] = False
@@ -133,12 +152,12 @@ def _forget_gates_(layer: Any, adapter: str) -> None:
         layer.__class__ = layer.stock_class
 
 
-def _remove_(model: nn.Module, gated: GatedLayer) -> None:
+def _remove_(base_model: nn.Module, gated: GatedLayer) -> None:
     """Take a rank-0 adapter out of its layer, and the layer out of the model if it was the last.
 
     PEFT's ``delete_adapter`` would make another adapter active in this one layer only.
     """
-    layer, base_model = gated.layer, unwrapped(model)
+    layer = gated.layer
     entries = (*layer.adapter_layer_names, *layer.other_param_names)
     _forget_gates_(layer, gated.adapter)
     for name in entries:

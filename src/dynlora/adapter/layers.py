@@ -4,6 +4,7 @@ The gate c lives inside ``lora_A[adapter]``: the class of that module is swapped
 multiplies its output by c, and the class of the LoRA layer for one whose ``get_delta_weight`` sees
 c. So every backend that computes ``lora_B(lora_A(dropout(x))) * scaling`` works unmodified.
 Embeddings keep their factors as bare parameters; they get a ``lora_c`` entry and a LoraVariant.
+A plain Linear has a faster path for the same function, in ``fused.py``.
 
 Beside the weights, each layer holds two buffers: ``lora_ema`` (smoothed importance, Eq. 8) and
 ``lora_live`` (False = pruned). They are saved and loaded with the adapter, so a checkpoint is whole.
@@ -17,6 +18,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
+
+from dynlora.adapter.fused import common_dtype, fusable_adapter, fused_forward
 
 BUFFERS = ("lora_ema", "lora_live")
 _gated: dict[type, type] = {}
@@ -44,6 +47,10 @@ def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
         def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
             if isinstance(self.lora_variant.get(adapter), EmbeddingGate):
                 return embedding_delta(self, adapter)
+            if is_dropped(self, adapter):  # torchao's merge asks for it all the same
+                shape = (self.out_features, self.in_features)
+                is_transposed = getattr(self, "fan_in_fan_out", False)
+                return self.lora_ema[adapter].new_zeros(shape[::-1] if is_transposed else shape)
             if not is_gated(self, adapter):
                 return cls.get_delta_weight(self, adapter, *args, **kwargs)
             with _gate_in_weight(self.lora_A[adapter]):
@@ -65,12 +72,21 @@ def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
             own = (*BUFFERS, "dropped_factors")
             return (*stock, *(name for name in own if hasattr(self, name)))
 
+        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            adapter = None if args or kwargs else fusable_adapter(self, _gated[nn.Linear])
+            dtype = None if adapter is None else common_dtype(self, adapter, x)
+            if adapter is None or dtype is None:
+                return cls.forward(self, x, *args, **kwargs)
+            return fused_forward(self, adapter, x, dtype)
+
         body = {
             "get_delta_weight": get_delta_weight,
             "_load_from_state_dict": _load_from_state_dict,
             "other_param_names": property(other_param_names),
             "stock_class": cls,
         }
+        if cls is lora.Linear:
+            body["forward"] = forward
         name = "DynLora" + cls.__module__.rpartition(".")[2].title() + cls.__name__
         _dynlora[cls] = _named_class(name, cls, body)
     return _dynlora[cls]
@@ -98,6 +114,7 @@ def _named_class(name: str, base: type, body: dict[str, Any]) -> Any:
 @contextmanager
 def _gate_in_weight(lora_a: Any) -> Iterator[None]:
     """Let ``lora_a.weight`` be c ⊙ weight, with gradient, for as long as the context lasts."""
+    parameters = dict(lora_a._parameters)  # their order is the order of the optimizer's state
     weight = lora_a._parameters.pop("weight")
     gate = lora_a.c.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
     lora_a.weight = weight * gate
@@ -105,7 +122,8 @@ def _gate_in_weight(lora_a: Any) -> Iterator[None]:
         yield
     finally:
         del lora_a.weight
-        lora_a._parameters["weight"] = weight
+        lora_a._parameters.clear()
+        lora_a._parameters.update(parameters)
 
 
 def is_gated(layer: lora.LoraLayer, adapter: str) -> bool:
@@ -179,7 +197,13 @@ class EmbeddingGate(lora.LoraVariant):  # type: ignore[misc]  # peft is untyped
 
 
 def attach_gate_(
-    layer: Any, adapter: str, *, identity: bool, init_std: float | None
+    layer: Any,
+    adapter: str,
+    *,
+    identity: bool,
+    init_std: float | None,
+    init: str = "kaiming",
+    fused: bool = True,
 ) -> nn.Parameter:
     """Give ``adapter`` of a stock LoRA layer its gate and buffers, and draw A and B anew, in place.
 
@@ -187,7 +211,9 @@ def attach_gate_(
         layer: a LoRA layer that holds ``adapter``.
         adapter: name of the adapter.
         identity: True starts at ΔW = 0 (c = 0); False keeps PEFT's random A and B and c = 1.
-        init_std: None for the official Kaiming initialisation, else the standard deviation.
+        init_std: None for a Kaiming initialisation, else the standard deviation.
+        init: which Kaiming: ``kaiming`` is the official code's, ``lora`` is LoRA's.
+        fused: whether a plain Linear may use the fused path where it applies.
 
     Returns:
         The gate, (rank,).
@@ -207,6 +233,7 @@ def attach_gate_(
         lora_a.__class__ = gated_class(type(lora_a))
         gate = nn.Parameter(torch.zeros(a.shape[0], dtype=a.dtype, device=a.device))
         lora_a.c = gate
+        lora_a.is_fused = fused
     if not hasattr(type(layer), "stock_class"):
         layer.__class__ = dynlora_class(type(layer))
     if not hasattr(layer, "lora_ema"):
@@ -216,19 +243,21 @@ def attach_gate_(
     layer.lora_live[adapter] = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
     layer.__dict__.get("dropped_factors", {}).pop(adapter, None)  # of a namesake replaced just now
     if a.device.type != "meta":
-        _draw_(a, b, gate, identity=identity, init_std=init_std)
+        _draw_(a, b, gate, identity=identity, init_std=init_std, init=init)
     return gate
 
 
 @torch.no_grad()
-def _draw_(a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None) -> None:
-    """Initial values: the official code's Kaiming uniform with a = 0, or N(0, init_std²)."""
+def _draw_(
+    a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None, init: str
+) -> None:
+    """Initial values: Kaiming uniform with the official code's a = 0 or LoRA's √5, or N(0, init_std²)."""
     if not identity:
         gate.fill_(1.0)
         return
     for factor in (a, b):
         if init_std is None:
-            nn.init.kaiming_uniform_(factor, a=0)
+            nn.init.kaiming_uniform_(factor, a=5**0.5 if init == "lora" else 0)
         else:
             nn.init.normal_(factor, std=init_std)
 

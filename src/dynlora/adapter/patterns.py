@@ -27,6 +27,13 @@ def module_key(name: str) -> str:
     return "^" + re.escape(name)
 
 
+def with_one_component(config: DynLoraConfig, name: str) -> DynLoraConfig:
+    """A copy of ``config`` by which PEFT, which refuses rank 0, can build module ``name``."""
+    built = copy.copy(config)
+    built.rank_pattern = {module_key(name): 1}
+    return built
+
+
 def plain_config(model: nn.Module, config: DynLoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """The LoraConfig of a finished adapter: scaling 1 in every module, rank-0 modules left out.
 
@@ -84,7 +91,8 @@ def target_fields(
     one_of = "|".join(re.escape(n) for n in alive)
     exact = {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **all_layers}
     targetable = targetable_names(model)
-    wanted = [n for n in targetable if n in set(alive)]
+    living = set(alive)
+    wanted = [n for n in targetable if n in living]
     for fields in candidates:
         trial = LoraConfig(**fields)
         if [n for n in targetable if check_target_module_exists(trial, n)] == wanted:
@@ -95,34 +103,32 @@ def target_fields(
 def targetable_names(model: nn.Module) -> list[str]:
     """Names that the base model's modules have without adapters."""
     names: list[str] = []
-    inside: tuple[str, ...] = ("\0",)  # prefixes of what lies below an adapted module
+    inside = "\0"  # prefix of what lies below the adapted module seen last; its children follow it
     for wrapped_name, module in unwrapped(model).named_modules():
         name = without_wrappers(wrapped_name)
-        if name and not name.startswith(inside) and name not in names[-1:]:
-            names.append(name)
-        if isinstance(module, lora.LoraLayer):
-            inside = (*inside, name + ".")
+        if name and not name.startswith(inside):
+            if name not in names[-1:]:  # a wrapper and what it wraps have one name
+                names.append(name)
+            if isinstance(module, lora.LoraLayer):
+                inside = name + "."
     return names
 
 
-def ragged_config(
-    model: nn.Module, config: DynLoraConfig, layers: list[GatedLayer]
-) -> DynLoraConfig:
+def ragged_config(config: DynLoraConfig, layers: list[GatedLayer]) -> DynLoraConfig:
     """A copy of ``config`` from which an adapter of the layers' present ranks can be rebuilt.
 
-    The scaling of every module stays lora_alpha / init_r, written as alpha_pattern. Of the two halves
-    of MultiheadAttention the larger is described; loading gives each the rank that was saved.
+    The scaling of every module stays lora_alpha / init_r, written as alpha_pattern. A module that
+    fell to rank 0 is named with rank 0, so that a resumed run still counts it. Of the two halves of
+    MultiheadAttention the larger is described; loading gives each the rank that was saved.
     """
     named: dict[str, GatedLayer] = {}
     for half in layers:
         name = half.name.removesuffix(OUT_PROJECTION)
         if name not in named or half.num_components > named[name].num_components:
             named[name] = half
-    ranks = {n: m.num_components for n, m in named.items()}
-    pattern = {module_key(n): r for n, r in ranks.items() if r > 0}
-    alphas = {module_key(n): m.layer.lora_alpha[m.adapter] for n, m in named.items() if ranks[n]}
     ragged = copy.copy(config)
-    for name, value in target_fields(model, config, ranks).items():
-        setattr(ragged, name, set(value) if isinstance(value, list) else value)
-    ragged.rank_pattern, ragged.alpha_pattern = pattern, alphas
+    ragged.rank_pattern = {module_key(n): m.num_components for n, m in named.items()}
+    ragged.alpha_pattern = {
+        module_key(n): m.layer.lora_alpha[m.adapter] for n, m in named.items() if m.num_components
+    }
     return ragged

@@ -1,8 +1,11 @@
 """DEM as a loss term, for loops that want it in the loss instead of the gradient."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from dynlora.adapter.components import find_config, find_gated_layers
+from dynlora.adapter.components import GatedLayer, find_config, find_gated_layers
+from dynlora.adapter.sharding import whole
 from dynlora.allocation import dem_penalty
 
 
@@ -22,9 +25,13 @@ def dem_loss(model: nn.Module, adapter: str | None = None) -> Tensor:
         A scalar, 0 or more.
     """
     adapter, _ = find_config(model, adapter)
-    layers = [m for m in find_gated_layers(model, adapter) if not m.is_dropped]
+    return dem_of([m for m in find_gated_layers(model, adapter) if not m.is_dropped])
+
+
+def dem_of(layers: Sequence[GatedLayer]) -> Tensor:
+    """The penalty over the components of ``layers``, none of which may be dropped."""
     vectors = []
     for gated in layers:
-        a, b, _ = gated.parameters
+        a, b, _ = (whole(parameter) for parameter in gated.parameters)
         vectors += [a.flatten(1), b.transpose(0, 1).flatten(1)]
-    return dem_penalty(vectors, sum(m.num_components for m in layers))
+    return dem_penalty(vectors, max(1, sum(m.num_components for m in layers)))

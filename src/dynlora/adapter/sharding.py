@@ -4,11 +4,13 @@ FSDP2 keeps DTensors, FSDP1 slices of flat tensors (``flat_shards.py``), DeepSpe
 its optimizer (``zero.py``). The rest of the package calls these functions and never asks which.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dynlora.adapter.flat_shards import gather_flat, is_flat_shard, local_part
+from dynlora.adapter.flat_shards import flat_shape, gather_flat, is_flat_shard, local_part
 from dynlora.adapter.zero import (
     full_zero_gradient,
     gather_zero,
@@ -32,17 +34,29 @@ def whole(tensor: Tensor) -> Tensor:
     return gather_zero(tensor) if is_zero_parameter(tensor) else tensor
 
 
-@torch.no_grad()
-def scale_(parameter: Tensor, factor: Tensor) -> None:
-    """Multiply a parameter by ``factor``, full and equal on every process, in place."""
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, wherever its parts are."""
+    if is_flat_shard(parameter):
+        return flat_shape(parameter)
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def laid_out(full: Tensor, parameter: Tensor) -> Tensor:
+    """``full``, equal on every process and of the parameter's whole shape, as the parameter lies."""
     if isinstance(parameter, DTensor):
-        parameter.mul_(distribute_tensor(factor, parameter.device_mesh, parameter.placements))
-    elif is_flat_shard(parameter):
-        parameter.data.mul_(local_part(factor, parameter))
-    elif is_zero_parameter(parameter):
-        scale_zero_(parameter, factor)
-    else:
-        parameter.mul_(factor)
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+    return local_part(full, parameter) if is_flat_shard(parameter) else full
+
+
+@torch.no_grad()
+def scale_all_(parameters: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each parameter by its factor, which is ``laid_out`` like it, in place."""
+    local = [(p, f) for p, f in zip(parameters, factors, strict=True) if not is_zero_parameter(p)]
+    if local:
+        torch._foreach_mul_([p.data for p, _ in local], [f for _, f in local])
+    for parameter, factor in zip(parameters, factors, strict=True):
+        if is_zero_parameter(parameter):
+            scale_zero_(parameter, factor)
 
 
 @torch.no_grad()

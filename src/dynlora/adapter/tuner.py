@@ -6,15 +6,18 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dynlora.adapter.adapter_file import check_tensors
 from dynlora.adapter.base_match import check_against_base, check_others, check_same_modules
 from dynlora.adapter.components import find_gated_layers, unwrapped
 from dynlora.adapter.config import DYNLORA, DynLoraConfig
 from dynlora.adapter.guard import expect_allocator
-from dynlora.adapter.layers import attach_gate_
+from dynlora.adapter.layers import attach_gate_, resize_
+from dynlora.adapter.patterns import with_one_component
 
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
@@ -23,8 +26,14 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Inject as LoraModel does; an adapter from a folder is compared with the model before."""
+        """Inject as PEFT does; an adapter from a folder is compared with the model before.
+
+        Raises:
+            ValueError: ``target_modules`` names experts that are fused into one tensor, which PEFT would
+                silently leave out, or the stored adapter does not fit the model.
+        """
         config = self.peft_config[adapter_name]
+        _refuse_fused_experts(model, config)
         stored = config.__dict__.pop("stored", None)
         if stored is not None:
             check_against_base(unwrapped(model), config, stored)
@@ -54,7 +63,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        *args: Any,
+        current_key: str,
         **kwargs: Any,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -64,8 +73,11 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
                 "components do not reach all outputs, so their norms cannot be compared. Name it in "
                 "exclude_modules."
             )
+        ranks = lora_config.rank_pattern
+        is_empty = ranks.get(get_pattern_key(ranks, current_key)) == 0
+        built = with_one_component(lora_config, current_key) if is_empty else lora_config
         super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, *args, **kwargs
+            built, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
         trained = adapter_name in self.active_adapters and not lora_config.inference_mode
@@ -80,9 +92,16 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         for lora_layer in inner:  # MultiheadAttention hides a second one in its out_proj
             lora_layer.is_half_of_attention = isinstance(layer, lora.MultiheadAttention)
             gate = attach_gate_(
-                lora_layer, adapter_name, identity=identity, init_std=lora_config.init_std
+                lora_layer,
+                adapter_name,
+                identity=identity,
+                init_std=lora_config.init_std,
+                init=lora_config.init,
+                fused=lora_config.fused,
             )
             gate.requires_grad_(trained)
+            if is_empty:
+                resize_(lora_layer, adapter_name, 0)
             if lora_config.target_r < lora_layer.r[adapter_name]:
                 expect_allocator(lora_layer, adapter_name)
 
@@ -95,6 +114,28 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         raise ValueError(
             "add_weighted_adapter cannot combine DynLora adapters: it would ignore their gates. Call "
             "dynlora.finalize_(model, adapter) on each adapter first, then combine the plain LoRAs."
+        )
+
+
+def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
+    """PEFT's LoRA turns such names into ``target_parameters``; for other methods it leaves them out."""
+    named = config.target_modules
+    if not named or isinstance(named, str):
+        return
+    modules = dict(model.named_modules())
+    fused = [
+        f"{name}.{parameter}"
+        for name, module in modules.items()
+        if not isinstance(module, _ConvNd | BaseTunerLayer)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    ]
+    missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
+    if fused and missing:
+        raise ValueError(
+            f"target_modules={missing} match no module of {type(model).__name__}, whose experts are "
+            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Leave "
+            "these names out; attention and shared experts can be adapted."
         )
 
 

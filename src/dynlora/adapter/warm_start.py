@@ -48,7 +48,7 @@ def warm_start_(
     kept["init_lora_weights"] = True  # how the LoRA once started is history
     config = DynLoraConfig(**kept, init_r=plain.r, target_r=target_r, **fields)
     for _, layer in _lora_layers(model, adapter):
-        gate = attach_gate_(layer, adapter, identity=False, init_std=None)
+        gate = attach_gate_(layer, adapter, identity=False, init_std=None, fused=config.fused)
         if config.target_r < layer.r[adapter]:
             expect_allocator(layer, adapter)
         gate.requires_grad_(True)
@@ -57,13 +57,36 @@ def warm_start_(
         rotated_a, rotated_b = principal_components(a.detach(), b.detach())
         a.data.copy_(rotated_a)
         b.data.copy_(rotated_b)
+    accept_dynlora_(model)
+    swap_config_(model, adapter, config)
+    return config
+
+
+def accept_dynlora_(model: nn.Module) -> None:
+    """Let a PeftModel with plain LoRA adapters take DynLora adapters beside them, in place.
+
+    A PeftModel holds adapters of one method, and finalizing the last dynamic adapter makes it a plain
+    LoRA model again. To train one dynamic adapter after the other, call this before
+    ``model.add_adapter(name, DynLoraConfig(...))`` or ``model.load_adapter(...)``. The adapters that are
+    there stay as they are, and ``finalize_`` undoes it.
+
+    Args:
+        model: a PeftModel, wrapped or not.
+
+    Raises:
+        ValueError: the model holds adapters of another method, or no PeftModel is in it.
+    """
+    kinds = sorted({type(c).__name__ for c in configs_of(model).values()})
+    if not kinds or not all(isinstance(c, LoraConfig) for c in configs_of(model).values()):
+        raise ValueError(
+            f"model={type(model).__name__} holds {kinds or 'no adapter'}: only LoRA adapters can stand "
+            "beside DynLora ones. Wrap a model without adapters with get_peft_model."
+        )
     for module in model.modules():
         if isinstance(module, PeftModel):
             module.peft_type = DYNLORA
         if type(module) is LoraModel:
             module.__class__ = DynLoraModel
-    swap_config_(model, adapter, config)
-    return config
 
 
 def principal_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

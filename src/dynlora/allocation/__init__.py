@@ -8,23 +8,34 @@ from dynlora.allocation.importance import (
     IMPORTANCE_EPS,
     component_importance,
     component_norms,
+    component_sensitivity,
     smooth_importance_,
     update_norm,
 )
-from dynlora.allocation.regularizer import add_dem_gradient_, dem_penalty
-from dynlora.allocation.schedule import budget_at, is_prune_step, pruning_window
-from dynlora.allocation.selection import select_components
+from dynlora.allocation.regularizer import add_dem_gradients_, dem_penalty
+from dynlora.allocation.schedule import (
+    Schedule,
+    budget_at,
+    is_prune_step,
+    prune_plan,
+    pruning_window,
+)
+from dynlora.allocation.selection import select_components, select_within
 
 __all__ = [
     "IMPORTANCE_EPS",
-    "add_dem_gradient_",
+    "Schedule",
+    "add_dem_gradients_",
     "budget_at",
     "component_importance",
     "component_norms",
+    "component_sensitivity",
     "dem_penalty",
     "is_prune_step",
+    "prune_plan",
     "pruning_window",
     "select_components",
+    "select_within",
     "smooth_importance_",
     "update_norm",
 ]

@@ -77,6 +77,24 @@ def component_importance(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
     return component_norms(gram_a, gram_b, c) / (whole + IMPORTANCE_EPS)
 
 
+def component_sensitivity(c: Tensor, gradient: Tensor) -> Tensor:
+    """First-order estimate of what the loss loses with a component.
+
+    L(cᵢ = 0) − L ≈ −cᵢ ∂L/∂cᵢ, hence sᵢ = |cᵢ ∂L/∂cᵢ|
+
+    The gate scales its whole component, so one product stands for all of its weights; AdaLoRA averages
+    such products over every entry of its triplets.
+
+    Args:
+        c: gates, (..., rank).
+        gradient: ∂L/∂c, (..., rank).
+
+    >>> component_sensitivity(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
+    tensor([1., 3.])
+    """
+    return (c * gradient).abs()
+
+
 def smooth_importance_(
     smoothed: Sequence[Tensor], importance: Sequence[Tensor], *, beta: float
 ) -> None:

@@ -3,6 +3,10 @@
 All steps are optimizer steps, counted after they are done: step 1 is the first update.
 """
 
+from typing import Any, Literal
+
+Schedule = Literal["slow-fast", "fast-slow"]
+
 
 def pruning_window(total_steps: int, *, prune_start: float, prune_end: float) -> tuple[int, int]:
     """First and last step of the pruning window.
@@ -36,14 +40,17 @@ def pruning_window(total_steps: int, *, prune_start: float, prune_end: float) ->
     return start, max(start + 1, int(prune_end * total_steps + rounding))
 
 
-def budget_at(step: int, *, total: int, target: int, start: int, stop: int) -> int:
+def budget_at(
+    step: int, *, total: int, target: int, start: int, stop: int, schedule: Schedule = "slow-fast"
+) -> int:
     """Components that may be alive in the whole model after ``step`` optimizer steps.
 
-    b(t) = N − ⌊(N − N_T) p³⌋, p = clip((t − t₀) / (t₁ − t₀), 0, 1)            [Eq. 9]
+    slow-fast:  b(t) = N − ⌊(N − N_T) p³⌋, p = clip((t − t₀) / (t₁ − t₀), 0, 1)            [Eq. 9]
+    fast-slow:  b(t) = N_T + ⌈(N − N_T) (1 − p)³⌉                                [AdaLoRA's cubic]
 
     The printed equation mixes a share with a count; this is the form of the official code. It cuts
-    slowly first and fast last; AdaLoRA's cubic, (1 − p)³, runs the other way. Integers throughout,
-    so the last value is exact.
+    slowly first and fast last, so that scores are ripe when most is cut; the other one leaves the
+    survivors more steps at their final ranks. Integers throughout, so the last value is exact.
 
     Args:
         step: optimizer steps done.
@@ -51,12 +58,42 @@ def budget_at(step: int, *, total: int, target: int, start: int, stop: int) -> i
         target: N_T, components at the end.
         start: t₀, last step with the full budget.
         stop: t₁ > t₀, first step with the final budget.
+        schedule: which of the two.
 
     >>> [budget_at(t, total=36, target=24, start=30, stop=100) for t in (0, 30, 65, 90, 99, 100, 200)]
     [36, 36, 35, 29, 25, 24, 24]
+    >>> plan = {"total": 36, "target": 24, "start": 30, "stop": 100, "schedule": "fast-slow"}
+    >>> [budget_at(t, **plan) for t in (0, 30, 40, 65, 99, 100, 200)]
+    [36, 36, 32, 26, 25, 24, 24]
     """
-    done = min(max(step - start, 0), stop - start)
-    return total - (total - target) * done**3 // (stop - start) ** 3
+    length = stop - start
+    done = min(max(step - start, 0), length)
+    if schedule == "fast-slow":
+        rounded_down = (target - total) * (length - done) ** 3 // length**3  # of a negative share
+        return target - rounded_down
+    return total - (total - target) * done**3 // length**3
+
+
+def prune_plan(
+    *,
+    total: int,
+    target: int,
+    start: int,
+    stop: int,
+    interval: int,
+    schedule: Schedule = "slow-fast",
+) -> list[tuple[int, int]]:
+    """Every pruning of a run as (step, components that may be alive from then on).
+
+    >>> prune_plan(total=36, target=24, start=30, stop=60, interval=20)
+    [(50, 33), (60, 24)]
+    """
+    plan: dict[str, Any] = {"total": total, "target": target, "start": start, "stop": stop}
+    return [
+        (step, budget_at(step, **plan, schedule=schedule))
+        for step in range(start + 1, stop + 1)
+        if is_prune_step(step, start=start, stop=stop, interval=interval)
+    ]
 
 
 def is_prune_step(step: int, *, start: int, stop: int, interval: int) -> bool:

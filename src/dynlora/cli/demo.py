@@ -1,64 +1,61 @@
 """``dynlora demo``: run the classification task and print what came out."""
 
-import contextlib
-import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
+from dynlora.cli.progress import progress
+from dynlora.cli.terminal import FAILED, USER_MISTAKE, print_error, quiet_libraries, report_error
 from dynlora.report.rank_grid import rank_grid
 from dynlora.tasks.assets import AssetError
-from dynlora.tasks.classification_run import run_classification
+from dynlora.tasks.demo_run import DemoResult, demo_recipe, run_demo
 from dynlora.tasks.reload_check import LOGITS_TOLERANCE, ReloadError
-from dynlora.tasks.run_record import RunResult, RunSettings
 
 QUICK_STEPS = 60
-USER_MISTAKE, FAILED = 2, 1  # exit codes
 
 
-def run_demo(*, debug: bool, quick: bool, **options: Any) -> int:
-    """Run, print and return the exit code; ``options`` are those of RunSettings.
+def demo(*, debug: bool, quick: bool, **options: Any) -> int:
+    """Run, print and return the exit code; ``options`` are those of ``demo_recipe``.
 
     An error is one line on stderr, with ``debug`` a traceback.
     """
     console = Console()
     try:
-        settings = RunSettings(**_with_length(options, quick=quick))
-        with _quiet_libraries(), _progress(console) as (announce, on_step):
-            result = run_classification(settings, announce=announce, on_step=on_step)
+        recipe = demo_recipe(**_with_length(options, quick=quick))
+        with quiet_libraries(), progress(console) as listener:
+            result = run_demo(recipe, data=options["data"], listener=listener)
     except (ValueError, OSError) as error:
-        return _report_error(error, code=USER_MISTAKE, debug=debug)
+        return report_error(error, code=USER_MISTAKE, debug=debug)
     except (AssetError, ReloadError, FloatingPointError) as error:
-        return _report_error(error, code=FAILED, debug=debug)
+        return report_error(error, code=FAILED, debug=debug)
     console.print(result_view(result, width=console.width))
     for failure in result.failed_checks():
-        _print_error(f"check failed: {failure}")
+        print_error(f"check failed: {failure}")
     return FAILED if result.failed_checks() else 0
 
 
-def result_view(result: RunResult, *, width: int) -> RenderableType:
+def result_view(result: DemoResult, *, width: int) -> RenderableType:
     """All figures of a run, as wide as the terminal at most."""
+    record = result.record
+    init_r = record["recipe"]["adapter"]["init_r"]
     return Group(
         _heading("Accuracy on held-out texts"),
         _accuracies(result),
         _heading("Final ranks"),
-        rank_grid(result.ranks, init_r=result.init_r, width=width),
+        rank_grid(record["ranks"], init_r=init_r, width=width),
         _heading("Adapter"),
-        _sizes(result),
+        _sizes(record["budget"], init_r=init_r),
         Text(),
         Text(f"Saved: {result.adapter_file}, {result.adapter_bytes:,} bytes with the head"),
         Text(
             "Re-loaded in stock PEFT, without dynlora: max |Δ logits| "
             f"{result.reload_difference:.2g} (limit {LOGITS_TOLERANCE:.0e})"
         ),
-        Text(f"Training: {result.optimizer_steps} steps in {result.train_s:.0f} s"),
+        Text(f"Training: {record['steps']} steps in {record['train_s']:.0f} s"),
     )
 
 
@@ -79,7 +76,7 @@ def _heading(text: str) -> RenderableType:
     return Padding(Text(text, style="bold"), (1, 0, 0, 0))
 
 
-def _accuracies(result: RunResult) -> Table:
+def _accuracies(result: DemoResult) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
@@ -89,63 +86,13 @@ def _accuracies(result: RunResult) -> Table:
     return table
 
 
-def _sizes(result: RunResult) -> Table:
+def _sizes(budget: Mapping[str, int], *, init_r: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     table.add_column("")
     for name in ("start", "end", "mean rank"):
         table.add_column(name, justify="right")
-    mean = result.components_end / len(result.ranks)
-    start, end = result.components_start, result.components_end
-    table.add_row("components", f"{start:,}", f"{end:,}", f"{result.init_r} -> {mean:.3g}")
-    table.add_row("parameters", f"{result.parameters_start:,}", f"{result.parameters_end:,}")
+    mean = budget["components_end"] / budget["modules"]
+    start, end = budget["components_start"], budget["components_end"]
+    table.add_row("components", f"{start:,}", f"{end:,}", f"{init_r} -> {mean:.3g}")
+    table.add_row("parameters", f"{budget['parameters_start']:,}", f"{budget['parameters_end']:,}")
     return table
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
-    """Callbacks of a run: a line a stage, and a bar that is gone when training is over."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("training", visible=False)
-
-    def announce(line: str) -> None:
-        bar.update(task, visible=False)
-        bar.console.print(line, style="dim", highlight=False)
-
-    def on_step(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, visible=True)
-
-    with bar:
-        yield announce, on_step
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No load reports, progress bars and hints of transformers between our lines."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # else it warns when we start a process
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for our user
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def _report_error(error: Exception, *, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    _print_error(str(error))
-    return code
-
-
-def _print_error(message: str) -> None:
-    line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True).print(
-        Text("dynlora: ", style="bold red") + Text(line), soft_wrap=True
-    )

@@ -11,12 +11,17 @@ except ModuleNotFoundError as missing:
         f"dynlora: the command line needs {missing.name}; pip install 'dynlora[cli]'"
     ) from None
 
+from dynlora.cli import assets
+from dynlora.cli.look_options import register
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(assets.app, name="assets")
 
 
 def main() -> None:
@@ -36,10 +41,125 @@ def root(
     among the Trainer's callbacks. Here: a demonstration of both.
     """
     if version:
-        from dynlora import __version__
+        from importlib.metadata import version as installed
 
-        typer.echo(f"dynlora {__version__}")
+        typer.echo(f"dynlora {installed('dynlora')}")
         raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Check, count and print; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on from the last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace an earlier run.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.")
+    ] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON object a line.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a recipe says; any of its fields by --field value.
+
+    For instance: dynlora train recipes/paper/roberta-base/cola.yaml
+    --method lora --seed 3 --training.learning_rate 1e-3
+
+    Ctrl-C saves a checkpoint. Exit code: 0 done, 1 failed, 2 a mistake in
+    recipe or data, 130 stopped by Ctrl-C.
+    """
+    from dynlora.cli.train import train as run_train
+
+    code = run_train(
+        recipe,
+        context.args,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+        output="json" if json_lines else "quiet" if quiet else "terminal",
+        debug=debug,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        Path | None, typer.Argument(metavar="SUITE.yaml", help="Tasks, methods, rates, seeds.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", metavar="", help="A tiny suite: does all of this work?")
+    ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Results folder.", show_default="benchmarks/results/NAME"),
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Cells at once.")] = 1,
+    devices: Annotated[
+        str, typer.Option(metavar="0,1", help="GPUs; one worker each (CUDA_VISIBLE_DEVICES).")
+    ] = "",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads of a cell (OMP_NUM_THREADS).")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Shares the suite between machines: postgresql+psycopg://user@host/name.",
+            show_default="a file in the results folder",
+        ),
+    ] = None,
+    cell: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Run this cell only; repeatable.")
+    ] = None,
+    render: Annotated[
+        bool, typer.Option("--render", metavar="", help="Only write the tables anew.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", metavar="", help="Run failed cells again.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Run a suite of experiments and write its tables.
+
+    Each cell (task, method, learning rate, seed) is a dynlora train run in a
+    process of its own and leaves one JSON file. Finished cells never run
+    again: after Ctrl-C or a crash the same command goes on, and more workers
+    may join at any time.
+
+    Exit code: 0 done, 1 cells failed, 2 a mistake, 130 stopped.
+    """
+    from dynlora.cli.bench import Wishes
+    from dynlora.cli.bench import bench as run_bench
+
+    code = run_bench(
+        Wishes(
+            suite=suite,
+            quick=quick,
+            results=results,
+            workers=workers,
+            devices=[d for d in devices.split(",") if d],
+            threads=threads,
+            storage=storage,
+            cells=cell or [],
+            render_only=render,
+            retry_failed=retry_failed,
+            debug=debug,
+        )
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -97,7 +217,7 @@ def demo(
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
-    from dynlora.cli.demo import run_demo
+    from dynlora.cli.demo import demo as run_demo
 
     code = run_demo(
         debug=debug,
@@ -114,3 +234,6 @@ def demo(
         seed=seed,
     )
     raise typer.Exit(code)
+
+
+register(app)

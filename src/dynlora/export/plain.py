@@ -2,13 +2,10 @@
 
 import copy
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynlora.adapter.components import configs_of, find_config, find_gated_layers, unwrapped
@@ -18,8 +15,8 @@ from dynlora.adapter.fold import fold_all
 from dynlora.adapter.patterns import plain_config
 from dynlora.adapter.sharding import needs_full_gradient, whole
 from dynlora.distributed import is_first_process
-
-_PREFIX = "base_model.model."  # what PEFT puts before every name in an adapter file
+from dynlora.export.folder import checked_folder, write_adapter
+from dynlora.export.source import PREFIX
 
 
 def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
@@ -41,25 +38,10 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | N
         ValueError: there is no such adapter, or none of its components is alive.
         NotADirectoryError: ``path`` is a file.
     """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"path={str(path)!r} is a file; name a folder to export to.")
+    folder = checked_folder(path)
     config, tensors = plain_lora(model, adapter)
-    if not is_first_process():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(temporary))
-        temporary.chmod(0o755)
-        if folder.exists():
-            for file in sorted(temporary.iterdir(), reverse=True):  # weights first, config last
-                file.replace(folder / file.name)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if is_first_process():
+        write_adapter(folder, config, tensors)
     return folder
 
 
@@ -84,7 +66,7 @@ def plain_lora(
         tensors = {
             key: tensor
             for key, tensor in _adapter_tensors(model, adapter).items()
-            if not key.startswith(tuple(f"{_PREFIX}{name}.lora_" for name in ranks))
+            if not key.startswith(tuple(f"{PREFIX}{name}.lora_" for name in ranks))
         }
         embeddings = {m.name for m in layers if hasattr(m.layer, "lora_c")}
         for name in (n for n, r in ranks.items() if r):
@@ -92,7 +74,7 @@ def plain_lora(
                 ("embedding_A", "embedding_B") if name in embeddings else ("A.weight", "B.weight")
             )
             for key, factor in zip(keys, folded[name], strict=True):
-                tensors[f"{_PREFIX}{name}.lora_{key}"] = factor
+                tensors[f"{PREFIX}{name}.lora_{key}"] = factor
     config.inference_mode = True
     return config, {
         key: whole(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()
@@ -117,4 +99,4 @@ def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         tensors = get_peft_model_state_dict(holder, state_dict=state, adapter_name=adapter)
     else:
         tensors = get_peft_model_state_dict(holder, adapter_name=adapter)
-    return {k if k.startswith(_PREFIX) else _PREFIX + k: v for k, v in tensors.items()}
+    return {k if k.startswith(PREFIX) else PREFIX + k: v for k, v in tensors.items()}

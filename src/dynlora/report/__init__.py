@@ -1,1 +1,5 @@
-"""A run's outcome as something to look at; takes plain mappings, never a model."""
+"""A run's outcome as something to look at; takes plain mappings and files, never a model."""
+
+from dynlora.report.picture import rank_image
+
+__all__ = ["rank_image"]

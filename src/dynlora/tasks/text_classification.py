@@ -1,191 +1,242 @@
-"""Text classification: labelled texts from a CSV file, tokenised; model with a head; accuracy."""
+"""Text classification and regression: one or two text columns and a label; GLUE and any table."""
 
-import csv
-import gzip
-import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel
+from datasets import ClassLabel, Dataset, Value
+from scipy import stats
+from sklearn import metrics
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-TEST_SHARE = 0.15  # of the distinct texts of each label, where a file has no column split
-MAX_TOKENS = 128
-SPLITS = ("train", "test")
+from dynlora.tasks.base_model import BaseModel
+from dynlora.tasks.data import Splits, need_columns, need_texts
+from dynlora.tasks.family import Family, Prepared, TaskData
+from dynlora.tasks.typed_fields import RecipeError
+
+Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+Score = Callable[[np.ndarray, np.ndarray], float]  # (labels, answers), each (rows,)
+
+SCORES: dict[str, Score] = {
+    "accuracy": metrics.accuracy_score,
+    "f1": partial(metrics.f1_score, zero_division=0.0),  # of class 1, the GLUE convention
+    "macro_f1": partial(metrics.f1_score, average="macro", zero_division=0.0),
+    "matthews": lambda labels, answers: _correlation(metrics.matthews_corrcoef, labels, answers),
+    "pearson": lambda labels, answers: _correlation(_pearson, labels, answers),
+    "spearman": lambda labels, answers: _correlation(_spearman, labels, answers),
+}
+CORRELATIONS = ("pearson", "spearman")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    """One labelled text; ``split`` is "train", "test" or "" where the file does not say."""
+class Options:
+    """The recipe's section ``options`` for the task ``text-classification``.
 
-    text: str
-    label: str
-    split: str = ""
+    Attributes:
+        texts: one or two text columns; two are read as a pair.
+        label: column with the class (a name or a number) or, for regression, a number.
+        is_regression: predict the number itself.
+        metrics: the first one chooses the best checkpoint; ``f1`` is that of class 1.
+        max_length: tokens of a row (or pair); more are cut off.
+    """
+
+    texts: tuple[str, ...] = ("text",)
+    label: str = "label"
+    is_regression: bool = False
+    metrics: tuple[Metric, ...] = ()
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: there are no texts or too many, or a metric does not fit.
+        """
+        if len(self.texts) not in (1, 2):
+            raise ValueError(f"texts={list(self.texts)} must name one column, or two for pairs.")
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be at least 1.")
+        for metric in self.metrics:
+            if (metric in CORRELATIONS) is not self.is_regression:
+                raise ValueError(
+                    f"metrics holds {metric!r}, which does not fit is_regression={self.is_regression}; "
+                    f"{', '.join(CORRELATIONS)} measure numbers, the others classes."
+                )
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Metrics to report; the customary ones if the recipe names none."""
+        return self.metrics or (CORRELATIONS if self.is_regression else ("accuracy",))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledTexts:
-    """Training and held-out examples; every held-out label occurs in training too."""
-
-    labels: tuple[str, ...]  # sorted; the position is the class number
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-
-
-def shipped_sample() -> LabelledTexts:
-    """9,000 noun definitions of WordNet 3.0 in 26 classes such as ``noun.animal``."""
-    return read_labelled_texts(Path(str(files("dynlora.data") / "wordnet_glosses.csv.gz")))
-
-
-def read_labelled_texts(path: Path) -> LabelledTexts:
-    """Read a UTF-8 CSV file (``.gz``: unpacked) with the columns text, label and, if wished, split.
-
-    Without the column split, 15 % of each label are held out; a hash of the text decides which, so
-    neither the order of the rows nor a seed matters and equal texts stay together.
+def read(options: Options, splits: Splits) -> TaskData:
+    """Rows with the texts and, in the column ``labels``, class numbers or values.
 
     Raises:
-        ValueError: the file is missing, unreadable or unfit; says where and what to do.
+        RecipeError: a column is missing or empty, or labels are missing or differ between splits.
     """
-    examples = _examples(path)
-    if examples and not examples[0].split:
-        examples = hold_out(examples)
-    train, test = (tuple(e for e in examples if e.split == split) for split in SPLITS)
-    labels = sorted({e.label for e in train})
-    unseen = sorted({e.label for e in test} - set(labels))
-    if unseen:
-        raise ValueError(
-            f"{path}: label {unseen[0]!r} occurs only in the split 'test'; give it rows in 'train' "
-            "too, or leave out the column split."
-        )
-    if len(labels) < 2:
-        raise ValueError(
-            f"{path}: column 'label' holds {len(labels)} class(es) to train on; give at least 2."
-        )
-    if not test:
-        raise ValueError(
-            f"{path}: no rows are held out for testing; mark some as 'test' in the column split, "
-            "or give at least one label two different texts."
-        )
-    return LabelledTexts(labels=tuple(labels), train=train, test=test)
-
-
-def hold_out(examples: Sequence[Example]) -> list[Example]:
-    """The examples with a split each: per label, 15 % of the distinct texts go to "test".
-
-    A label with a single text is for training only; from two texts on, at least one is held out.
-    """
-    texts_of: dict[str, set[str]] = {}
-    for example in examples:
-        texts_of.setdefault(example.label, set()).add(example.text)
-    held_out: set[tuple[str, str]] = set()
-    for label, texts in texts_of.items():
-        count = max(round(TEST_SHARE * len(texts)), 1) if len(texts) > 1 else 0
-        by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-        held_out.update((label, text) for text in by_hash[:count])
-    return [
-        Example(text=e.text, label=e.label, split=SPLITS[(e.label, e.text) in held_out])
-        for e in examples
-    ]
-
-
-def majority_share(texts: LabelledTexts) -> float:
-    """Held-out accuracy of always answering the most frequent training label, in [0, 1]."""
-    answer, _ = Counter(e.label for e in texts.train).most_common(1)[0]
-    return sum(e.label == answer for e in texts.test) / len(texts.test)
-
-
-def tokenised(
-    examples: Sequence[Example], *, labels: Sequence[str], tokenizer: Tokenizer
-) -> Dataset:
-    """Token ids, cut at 128 tokens and unpadded, with class numbers in the column ``labels``."""
-    number = {label: index for index, label in enumerate(labels)}
-    limit = min(tokenizer.model_max_length, MAX_TOKENS)
-    tokens = tokenizer([e.text for e in examples], truncation=True, max_length=limit)
-    return Dataset.from_dict({**tokens, "labels": [number[e.label] for e in examples]})
-
-
-def sequence_classifier(
-    model: str, *, labels: Sequence[str], tokenizer: Tokenizer
-) -> tuple[PreTrainedModel, list[str]]:
-    """A pretrained model in float32 with one output per label, and the modules that are new in it.
-
-    A tokenizer without a padding token pads with its end-of-text token from here on.
-
-    Args:
-        model: hub id or local folder.
-        labels: class names in the order of the outputs.
-        tokenizer: the model's.
-
-    Returns:
-        The model, and the names of its modules with randomly drawn weights, sorted: the head, and
-        whatever else the checkpoint lacks. They have to be trained and saved with the adapter.
-    """
-    classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-        model,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced
-        output_loading_info=True,
+    need_columns(splits, list(options.texts), option="options.texts")
+    need_columns(splits, [options.label], option="options.label")
+    need_texts(splits, list(options.texts))
+    names = None if options.is_regression else _label_names(options, splits)
+    numbered = partial(_numbered, options=options, names=names, where=splits.where)
+    train = numbered(splits.train, split="train")
+    evals = {name: numbered(rows, split=name or "eval") for name, rows in splits.evals.items()}
+    return TaskData(
+        train=train, evals=evals, labels=names, baselines=_baselines(options, train, evals)
     )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    classifier.config.pad_token_id = tokenizer.pad_token_id
-    drawn = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    return classifier, sorted({key.rpartition(".")[0] for key in drawn})
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of rows whose largest logit is the label's: ``compute_metrics`` for the Trainer."""
-    answers = np.asarray(prediction.predictions).argmax(axis=-1)  # (rows, classes) -> (rows,)
-    return {"accuracy": float((answers == prediction.label_ids).mean())}
+def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
+    """Tokenised rows, and a model with one output per class (one in all for regression)."""
+    tokenizer = base.tokenizer()
+    names = data.labels
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if names:
+        head = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+    model, new = base.model(AutoModelForSequenceClassification, **head)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokens = partial(_tokenised, options=options, tokenizer=tokenizer)
+    return Prepared(
+        model=model,
+        processor=tokenizer,
+        head=new,
+        train=tokens(data.train),
+        evals={name: tokens(rows) for name, rows in data.evals.items()},
+        collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=partial(measure, options),
+    )
 
 
-def _examples(path: Path) -> list[Example]:
-    """The rows of the file, each checked; all or none have a split."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; give a CSV file with the columns text and label.")
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _check_columns(path, reader.fieldnames or ())
-            return [_example(row, where=f"{path}, line {reader.line_num}") for row in reader]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    except (csv.Error, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as CSV: {error}.") from error
-
-
-def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    for needed in ("text", "label"):
-        if needed not in columns:
-            raise ValueError(
-                f"{path}: column {needed!r} is missing, found {list(columns)}; the first line must "
-                "name the columns text and label, separated by commas."
+def _label_names(options: Options, splits: Splits) -> list[str]:
+    """Class names in the order of the outputs; the same in all splits."""
+    feature = splits.train.features[options.label]
+    if isinstance(feature, ClassLabel):
+        for split, rows in splits.each().items():
+            other = rows.features[options.label]
+            if getattr(other, "names", None) != feature.names:
+                raise RecipeError(
+                    f"data {splits.where!r}: column {options.label!r} of {split} has other classes "
+                    f"than that of train ({feature.names}); give all splits the same."
+                )
+        return list(feature.names)
+    labels = {split: set(rows[options.label][:]) - {None} for split, rows in splits.each().items()}
+    if isinstance(feature, Value) and feature.dtype.startswith("float"):
+        raise RecipeError(
+            f"data {splits.where!r}: column {options.label!r} holds fractions; set "
+            "options.is_regression, or name the column with the classes."
+        )
+    known = sorted(labels["train"])
+    for split, found in labels.items():
+        unseen = sorted(found - labels["train"], key=str)
+        if unseen:
+            raise RecipeError(
+                f"data {splits.where!r}: label {unseen[0]!r} occurs in {split} but not in train; give it "
+                "rows in train too, or leave its rows out."
             )
+    if len(known) < 2:
+        raise RecipeError(
+            f"data {splits.where!r}: column {options.label!r} holds {len(known)} class(es) to train on; "
+            "give at least 2."
+        )
+    return [str(name) for name in known]
 
 
-def _example(row: Mapping[Any, Any], *, where: str) -> Example:
-    if None in row:
-        raise ValueError(
-            f"{where} has more cells than the first line; put texts with commas into double quotes."
-        )
-    cells = {column: (cell or "").strip() for column, cell in row.items()}
-    for column in ("text", "label"):
-        if not cells[column]:
-            raise ValueError(f"{where}: column {column!r} is empty; fill it or delete the row.")
-    if cells.get("split", "train") not in SPLITS:
-        raise ValueError(
-            f"{where}: column 'split' is {cells['split']!r}; write 'train' or 'test', or leave out "
-            "the column."
-        )
-    return Example(text=cells["text"], label=cells["label"], split=cells.get("split", ""))
+def _numbered(
+    rows: Dataset, *, options: Options, names: list[str] | None, where: str, split: str
+) -> Dataset:
+    """The texts, None read as empty, with the column ``labels``."""
+    labels = rows[options.label][:]
+    number: dict[Any, Any] = {}
+    if names is not None:
+        is_number = isinstance(rows.features[options.label], ClassLabel)
+        number = {i if is_number else name: i for i, name in enumerate(names)}
+    numbered = []
+    for row, label in enumerate(labels):
+        value = label if names is None else number.get(label if label in number else str(label))
+        if value is None:
+            raise RecipeError(
+                f"data {where!r}: row {row} of {split} has the label {label!r}, that is none; name a "
+                "split that is labelled, or leave the row out."
+            )
+        numbered.append(value if names is not None else _as_number(value, row, split, where))
+    columns: dict[str, Any] = {c: [t or "" for t in rows[c][:]] for c in options.texts}
+    return Dataset.from_dict({**columns, "labels": numbered})
+
+
+def _as_number(value: Any, row: int, split: str, where: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise RecipeError(
+            f"data {where!r}: row {row} of {split} has the label {value!r}, which is no number; name "
+            "another column, or leave out options.is_regression."
+        ) from error
+
+
+def _tokenised(rows: Dataset, *, options: Options, tokenizer: Tokenizer) -> Dataset:
+    """Token ids, cut and unpadded, with the column ``labels``."""
+    limit = min(tokenizer.model_max_length, options.max_length)
+    tokens = tokenizer(*(rows[c][:] for c in options.texts), truncation=True, max_length=limit)
+    return Dataset.from_dict({**tokens, "labels": rows["labels"][:]})
+
+
+def measure(options: Options, _name: str, prediction: EvalPrediction) -> dict[str, float]:
+    """The options' metrics for logits (rows, classes), or (rows, 1) of a regression."""
+    logits = prediction.predictions  # (rows, classes), or a tuple with hidden states behind them
+    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+    answers = logits.reshape(-1) if options.is_regression else logits.argmax(axis=-1)
+    return scored(options, np.asarray(prediction.label_ids), answers)
+
+
+def scored(options: Options, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+    """All metrics of the options for ``labels`` and ``answers``, each (rows,)."""
+    return {name: float(SCORES[name](labels, answers)) for name in options.scores}
+
+
+def _baselines(options: Options, train: Dataset, evals: dict[str, Dataset]) -> dict[str, float]:
+    """What one constant answer reaches, averaged over the evaluation sets."""
+    known = train["labels"][:]
+    answer = float(np.mean(known)) if options.is_regression else Counter(known).most_common(1)[0][0]
+    reached = [
+        scored(options, np.asarray(rows["labels"][:]), np.full(len(rows), answer))
+        for rows in evals.values()
+    ]
+    return {name: float(np.mean([r[name] for r in reached])) for name in options.scores}
+
+
+def _correlation(correlation: Score, labels: np.ndarray, answers: np.ndarray) -> float:
+    """A correlation; 0 where one side is constant and none is defined."""
+    if np.ptp(labels) == 0 or np.ptp(answers) == 0:
+        return 0.0
+    return correlation(labels, answers)
+
+
+def _pearson(labels: np.ndarray, answers: np.ndarray) -> float:
+    return float(stats.pearsonr(labels, answers).statistic)
+
+
+def _spearman(labels: np.ndarray, answers: np.ndarray) -> float:
+    return float(stats.spearmanr(labels, answers).statistic)
+
+
+FAMILY = Family(
+    options=Options,
+    read=read,
+    prepare=prepare,
+    best_metric=lambda options: options.scores[0],
+    task_type="SEQ_CLS",
+    auto_class=AutoModelForSequenceClassification.__name__,
+)

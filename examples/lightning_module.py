@@ -1,0 +1,59 @@
+"""Lightning: the module builds the allocator with its optimizer, and checkpoints its progress.
+
+python examples/lightning_module.py --model FacebookAI/roberta-base --data SetFit/sst2
+"""
+
+import argparse
+
+import lightning
+import torch
+from datasets import load_dataset
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from dynlora import DynLoraConfig, RankAllocator
+
+
+class Classifier(lightning.LightningModule):
+    """A sequence classifier with a DynLora adapter."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        base = AutoModelForSequenceClassification.from_pretrained(name)
+        config = DynLoraConfig(target_r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+        self.model, self.progress = get_peft_model(base, config), None
+
+    def configure_optimizers(self):  # noqa: ANN201, D102
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=2e-3)
+        steps = int(self.trainer.estimated_stepping_batches)
+        self.allocator = RankAllocator(self.model, optimizer, total_steps=steps)
+        if self.progress:  # weights and scores are restored with the model
+            self.allocator.load_state_dict(self.progress)
+        return optimizer
+
+    def training_step(self, batch):  # noqa: ANN001, ANN201, D102
+        return self.model(**batch).loss
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:  # noqa: D102
+        checkpoint["dynlora"] = self.allocator.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:  # noqa: D102
+        self.progress = checkpoint["dynlora"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="FacebookAI/roberta-base")
+    parser.add_argument("--data", default="SetFit/sst2", help="hub id, or a folder of files")
+    parser.add_argument("--output", default="out")
+    parser.add_argument("--steps", type=int, default=2000)
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = load_dataset(options.data, split="train").rename_column("label", "labels")
+    data = data.map(lambda r: tokenizer(r["text"])).select_columns(["input_ids", "labels"])
+    loader = DataLoader(data, 16, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+    module = Classifier(options.model)
+    lightning.Trainer(max_steps=options.steps, default_root_dir="runs").fit(module, loader)
+    module.allocator.finalize_()  # from here on, the adapter is a plain LoRA
+    module.model.save_pretrained(options.output)

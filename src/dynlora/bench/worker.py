@@ -1,0 +1,233 @@
+"""Workers: each claims a cell, runs it in a process of its own, keeps the result, and goes on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynlora.bench.ledger import MAX_DEATHS, Ledger
+from dynlora.bench.plan import wanted_cells
+from dynlora.bench.results import FAILED, WORK, Result, read_results, write_result
+from dynlora.bench.suite import Cell, Suite
+
+POLL_S = 0.5
+RENEW_S = 20.0
+WAIT_S = 2.0  # where all due cells are with other workers, whose results may make more due
+STOP_S = 10.0  # a cell's process has so long to end when it is asked to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """What one worker computes on.
+
+    Attributes:
+        name: for people.
+        environment: variables of its cells' processes, over those of this one.
+    """
+
+    name: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Who is told by the workers; called from their threads.
+
+    Attributes:
+        on_start: (cell, slot name) when a cell begins.
+        on_end: (cell, result, seconds) when it has ended; None for one that was stopped or died.
+    """
+
+    on_start: Callable[[Cell, str], None] = lambda _cell, _slot: None
+    on_end: Callable[[Cell, Result | None, float], None] = lambda _cell, _result, _seconds: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all workers of a process share.
+
+    Attributes:
+        suite: the cells.
+        folder: of the results.
+        storage: URL of the ledger's database; None: a file in ``folder``.
+        command: what a reader types to run the suite again.
+        only: keys of the cells to run; None: all.
+        stop: set to end the workers.
+    """
+
+    suite: Suite
+    folder: Path
+    storage: str | None
+    command: str
+    only: frozenset[str] | None
+    stop: threading.Event
+
+    def ledger(self) -> Ledger:
+        """A ledger for one thread."""
+        return Ledger(self.storage, self.folder / WORK / "journal.log", self.suite.name)
+
+    def due(self, results: Mapping[str, Result]) -> list[Cell]:
+        """Cells that are wanted and not finished."""
+        wanted = wanted_cells(self.suite, results)
+        return [
+            c for c in wanted if c.key not in results and (self.only is None or c.key in self.only)
+        ]
+
+
+def slots(*, devices: list[str], workers: int, threads: int | None) -> list[Slot]:
+    """One slot per device, or ``workers`` of them without.
+
+    >>> [s.environment for s in slots(devices=["0", "3"], workers=1, threads=None)]
+    [{'CUDA_VISIBLE_DEVICES': '0'}, {'CUDA_VISIBLE_DEVICES': '3'}]
+    """
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    if devices:
+        return [
+            Slot(name=f"device {d}", environment={"CUDA_VISIBLE_DEVICES": d, **limit})
+            for d in devices
+        ]
+    return [Slot(name=f"worker {i}", environment=limit) for i in range(workers)]
+
+
+def run_workers(bench: Bench, places: list[Slot], listener: Listener) -> None:
+    """Run all that is due, one thread per slot; returns when nothing is, or when ``stop`` is set.
+
+    Raises:
+        RuntimeError: a worker failed (not a cell: a cell that fails has a result).
+    """
+    failures: list[BaseException] = []
+
+    def body(slot: Slot) -> None:
+        try:
+            _work(bench, slot, listener)
+        except BaseException as error:  # handed to the caller's thread
+            failures.append(error)
+            bench.stop.set()
+
+    threads = [threading.Thread(target=body, args=(slot,), name=slot.name) for slot in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)  # in slices, so that Ctrl-C is heard
+    if failures:
+        raise RuntimeError(f"a worker failed: {failures[0]}") from failures[0]
+
+
+def synchronised(bench: Bench, ledger: Ledger) -> dict[str, Result]:
+    """All results, those of other machines written to the folder too."""
+    results = read_results(bench.folder)
+    for key, result in ledger.results(results).items():
+        write_result(bench.folder, key, result)
+        results[key] = result
+    return results
+
+
+def _work(bench: Bench, slot: Slot, listener: Listener) -> None:
+    ledger = bench.ledger()
+    while not bench.stop.is_set():
+        due = bench.due(synchronised(bench, ledger))
+        if not due:
+            return
+        busy = ledger.running()
+        for cell in due:
+            number = None if cell.key in busy else ledger.claim(cell.key)
+            if number is not None:
+                _run_claimed(bench, slot, listener, ledger, cell, number)
+                break
+        else:
+            bench.stop.wait(WAIT_S)
+
+
+def _run_claimed(
+    bench: Bench, slot: Slot, listener: Listener, ledger: Ledger, cell: Cell, number: int
+) -> None:
+    """Run the cell and end the attempt, whatever happens."""
+    listener.on_start(cell, slot.name)
+    began = time.perf_counter()
+    result = None
+    try:
+        result = _outcome(bench, slot, ledger, cell, number)
+        if result is not None:
+            result["wall_s"] = round(time.perf_counter() - began, 3)
+            write_result(bench.folder, cell.key, result)
+            ledger.finish(number, result)
+    finally:
+        if result is None:
+            ledger.give_up(number, died=not bench.stop.is_set())
+        listener.on_end(cell, result, time.perf_counter() - began)
+
+
+def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) -> Result | None:
+    """The result of the cell's process; None if it was stopped or died and may be tried again."""
+    with tempfile.TemporaryDirectory(dir=bench.folder / WORK, prefix="cell-") as scratch:
+        place = Path(scratch)
+        target = place / "result.json"
+        _write_spec(bench, cell, place, target)
+        with (place / "log.txt").open("w", encoding="utf8") as log:
+            code = _run_process(place / "spec.json", slot, log, bench.stop, ledger, number)
+        if bench.stop.is_set() and not target.is_file():
+            return None
+        if code == 0:
+            result: Result = json.loads(target.read_text(encoding="utf8"))
+            return result
+        text = (place / "log.txt").read_text(encoding="utf8", errors="replace")
+        shutil.copy(place / "log.txt", bench.folder / WORK / f"{cell.key}.log")
+    if code < 0 and ledger.deaths(cell.key) + 1 < MAX_DEATHS:
+        return None
+    last = (text.strip().splitlines() or ["no message"])[-1]
+    reason = f"ended by signal {-code}" if code < 0 else last
+    described = vars(cell) | {"key": cell.key}
+    return {"status": FAILED, "error": reason, "cell": described, "command": _command(bench, cell)}
+
+
+def _write_spec(bench: Bench, cell: Cell, place: Path, target: Path) -> None:
+    spec = {
+        "recipe": bench.suite.recipe(cell, place / "run"),
+        "select": bench.suite.select,
+        "report": bench.suite.reported(cell.task),
+        "cell": vars(cell) | {"key": cell.key},
+        "command": _command(bench, cell),
+        "result": str(target),
+    }
+    (place / "spec.json").write_text(json.dumps(spec), encoding="utf8")
+
+
+def _command(bench: Bench, cell: Cell) -> str:
+    return f"{bench.command} --cell {cell.key}"
+
+
+def _run_process(
+    spec: Path, slot: Slot, log: Any, stop: threading.Event, ledger: Ledger, number: int
+) -> int:
+    """Exit code of the cell's process; the claim is renewed meanwhile."""
+    process = subprocess.Popen(  # noqa: S603 (ourselves)
+        [sys.executable, "-m", "dynlora.bench.cell", str(spec)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **slot.environment},
+        start_new_session=True,  # Ctrl-C is for us: we end the cell
+    )
+    renewed = time.monotonic()
+    try:
+        while process.poll() is None and not stop.is_set():
+            stop.wait(POLL_S)
+            if time.monotonic() - renewed > RENEW_S:
+                ledger.renew(number)
+                renewed = time.monotonic()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    return process.wait()

@@ -1,0 +1,199 @@
+"""``dynlora export``, ``inspect``, ``report`` and ``watch``: what comes out of a run."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dynlora.cli.terminal import FAILED, USER_MISTAKE, print_error, report_error
+
+VERIFY_TOLERANCE = 1e-4  # of the largest output, in fp32; a wrong scale is off by far more
+
+
+def guarded(action: Callable[[], int], *, debug: bool) -> int:
+    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        return action()
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print_error(f"this needs {error.name}; pip install 'dynlora[report]'")
+        return USER_MISTAKE
+    except (ValueError, OSError) as error:
+        return report_error(error, code=USER_MISTAKE, debug=debug)
+
+
+def export(
+    adapter: Path,
+    *,
+    to: str,
+    output: Path | None,
+    pad_to: str,
+    dtype: str | None,
+    base: str | None,
+    verify: bool,
+    as_json: bool,
+) -> int:
+    """Write an adapter in another form; 1 if verification finds a difference."""
+    import torch
+
+    from dynlora.cli.terminal import quiet_libraries
+    from dynlora.export import export_adapter
+
+    if pad_to != "auto" and not pad_to.isdigit():
+        raise ValueError(f"--pad-to {pad_to!r} must be a rank such as 8, 16, 32, 64, or 'auto'.")
+    with quiet_libraries():
+        done = export_adapter(
+            adapter,
+            output or adapter.with_name(f"{adapter.resolve().name}-{to}"),
+            to=to,  # type: ignore[arg-type]  # typer has checked it
+            pad_to=None if pad_to == "auto" else int(pad_to),
+            dtype=getattr(torch, dtype) if dtype else None,
+            base=base,
+            verify=verify,
+        )
+    if as_json:
+        print_json(dataclasses.asdict(done))
+    else:
+        rank = f"ranks up to {done.max_rank}" if to != "uniform" else f"rank {done.max_rank}"
+        lines = [
+            f"Wrote {done.folder}: {to}, {done.modules} modules, {rank}, "
+            f"{done.num_bytes:,} bytes, {done.seconds:.1f} s",
+        ]
+        if done.dead_modules and to == "ragged":
+            lines.append(f"{done.dead_modules} modules of rank 0 are excluded")
+        if done.max_difference is not None:
+            lines.append(
+                f"Against the source: max |Δ outputs| {done.max_difference:.2g}, of outputs up to "
+                f"{done.max_output:.3g}"
+            )
+        Console().print(Text("\n".join(lines)))
+    limit = VERIFY_TOLERANCE * (done.max_output or 0)
+    if done.max_difference is not None and not done.max_difference <= limit:
+        print_error(f"check failed: outputs differ by {done.max_difference:.2g}")
+        return FAILED
+    return 0
+
+
+def inspect(path: Path, *, effective: bool, as_json: bool) -> int:
+    """Say what an adapter folder holds."""
+    from dynlora.report.adapter_file import inspect_adapter
+
+    facts = inspect_adapter(path, effective=effective)
+    if as_json:
+        print_json(dataclasses.asdict(facts) | {"saving": facts.saving})
+    else:
+        console = Console()
+        console.print(_facts_view(facts, width=console.width))
+    return 0
+
+
+def report(
+    runs: Sequence[Path],
+    *,
+    output: Path | None,
+    picture: Path | None,
+    terminal_only: bool,
+    as_json: bool,
+) -> int:
+    """Write the page, and print figures and ranks."""
+    from dynlora.report.page import summary_row, write_page
+    from dynlora.report.picture import write_picture
+    from dynlora.report.run import read_runs
+    from dynlora.report.terminal import report_view
+
+    loaded = read_runs(runs)
+    written: list[str] = []
+    if not terminal_only:
+        place = output or (loaded[0].folder if len(loaded) == 1 else Path()) / "report.html"
+        written.append(str(write_page(loaded, place, version=version("dynlora"))))
+    if picture is not None:
+        for run in loaded:
+            name = picture if len(loaded) == 1 else picture.with_stem(
+                f"{picture.stem}-{run.name.replace('/', '-')}"
+            )  # fmt: skip
+            written.append(str(write_picture(run, name)))
+    if as_json:
+        rows = [summary_row(run) | {"ranks": run.ranks} for run in loaded]
+        print_json({"runs": rows, "written": written})
+        return 0
+    console = Console()
+    console.print(report_view(loaded, width=console.width))
+    for path in written:
+        console.print(Text(f"Wrote {path}"))
+    return 0
+
+
+def watch(run: Path, *, every: float, once: bool) -> int:
+    """Follow a run until it ends or Ctrl-C."""
+    from dynlora.report.run import Run, read_run
+    from dynlora.report.terminal import live_view
+
+    if every <= 0:
+        raise ValueError(f"--every {every} must be above 0, in seconds.")
+    console = Console()
+
+    def look() -> tuple[Run, RenderableType]:
+        state = read_run(run)
+        return state, live_view(state, width=console.width)
+
+    state, view = look()
+    if once:
+        console.print(view)
+        return 0
+    try:
+        with Live(view, console=console, auto_refresh=False) as live:
+            while not state.is_finished:
+                time.sleep(every)
+                state, view = look()
+                live.update(view, refresh=True)
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _facts_view(facts: Any, *, width: int) -> RenderableType:
+    from dynlora.report.rank_grid import rank_grid
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    alive = [rank for rank in facts.ranks.values() if rank]
+    total = sum(alive)
+    table.add_row("adapter", f"{facts.kind}, {facts.folder}")
+    table.add_row("base model", facts.base_model or "not named")
+    if facts.target_r is not None:
+        table.add_row("budget", f"init_r {facts.init_r}, target_r {facts.target_r:g}")
+    mean = total / max(len(facts.ranks), 1)
+    dead = len(facts.ranks) - len(alive)
+    spread = f"{min(alive, default=0)} to {max(alive, default=0)}"
+    table.add_row("ranks", f"{spread}, mean {mean:.3g}, {total:,} components; {dead} modules at 0")
+    table.add_row("parameters", f"{facts.num_parameters:,} ({', '.join(facts.dtypes)})")
+    table.add_row("file", f"{facts.num_bytes:,} bytes, {facts.heads} tensors beside the LoRA")
+    low, high = facts.scales
+    table.add_row("scaling", f"{low:g}" if low == high else f"{low:g} to {high:g}")
+    table.add_row("served by", ", ".join(facts.served_by))
+    if facts.note:
+        table.add_row("", facts.note)
+    if facts.saving is not None:
+        kept = sum(facts.effective_ranks.values())
+        table.add_row(
+            "effective", f"{kept:,} of {total:,} components hold 99 % of each update's squared norm: "
+            f"a dynamic budget could save {facts.saving:.0%}",
+        )  # fmt: skip
+    shown = facts.effective_ranks or facts.ranks
+    grid = rank_grid(shown, init_r=max([1, *facts.ranks.values()]), width=width)
+    return Group(table, Text(), grid)

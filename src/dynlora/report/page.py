@@ -1,0 +1,307 @@
+"""A report as one HTML file: no network, no script needed to read it."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dynlora.report.charts import Band, Chart, Line
+from dynlora.report.layout import LayerStack, group_by_stack
+from dynlora.report.recommend import mean_rank_by_kind, recommended_config
+from dynlora.report.run import Points, RankState, Run
+
+MAX_STATES = 60  # rank maps behind the slider; of more prune events an even choice
+SHADES = 4  # of live ranks, as in the terminal's grid; a fifth is rank 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One module in the rank map; ``index`` is its place in the slider's data."""
+
+    rank: int
+    shade: int
+    index: int
+    title: str
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """A layer list as a table of cells."""
+
+    name: str
+    layers: list[int]
+    rows: list[tuple[str, list[Cell | None], str]]  # kind, cells, mean
+
+
+def render_page(runs: Sequence[Run], *, version: str) -> str:
+    """The report of one or several runs.
+
+    Args:
+        runs: what to show; rank maps for those that have ranks.
+        version: of dynlora, for the foot of the page.
+    """
+    environment = Environment(
+        loader=PackageLoader("dynlora.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    charts = shared_charts(runs)
+    sections = [_section(run) for run in runs]
+    rows = [summary_row(run) for run in runs]
+    return environment.get_template("page.html.j2").render(
+        title=_title(runs),
+        tables=[
+            ("The runs in figures" if len(runs) > 1 else "The run in figures", rows),
+            ("By method: mean ± standard deviation over runs", method_rows(runs)),
+        ],
+        charts=[(chart, chart.svg(i)) for i, chart in enumerate(charts)],
+        sections=[
+            section
+            | {"charts": [(c, c.svg(100 * n + i)) for i, c in enumerate(section["charts"], 100)]}
+            for n, section in enumerate(sections, start=1)
+        ],
+        version=version,
+    )
+
+
+def summary_row(run: Run) -> dict[str, str]:
+    """The run in one line of the comparison, as texts by column name."""
+    row = {"run": run.name, "method": run.method}
+    if run.seed is not None:
+        row["seed"] = str(run.seed)
+    row["state"] = "finished" if run.is_finished else f"at step {_last_step(run):,}"
+    if run.states:
+        first, last = run.states[0], run.states[-1]
+        row["components"] = f"{sum(first.ranks.values()):,} → {sum(last.ranks.values()):,}"
+        row["mean rank"] = f"{_mean(first):.3g} → {_mean(last):.3g}"
+        row["parameters"] = f"{run.parameters_at(first):,} → {run.parameters_at(last):,}"
+    for name in run.metrics():
+        row[metric_label(name)] = f"{run.series(name)[-1][1]:.4g}"
+    row["time"] = duration(run.seconds)
+    if run.memory:
+        row["peak memory"] = f"{max(value for _, value in run.memory) / 2**20:,.0f} MiB"
+    return row
+
+
+def method_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Last value of each metric by method, as mean ± standard deviation; [] without repeated methods."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    if all(len(group) == 1 for group in groups.values()):
+        return []
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics()))
+    rows = []
+    for method, group in groups.items():
+        row = {"method": method, "runs": str(len(group))}
+        for name in names:
+            ends = [points[-1][1] for run in group if (points := run.series(name))]
+            row[metric_label(name)] = _mean_and_spread(ends)
+        rows.append(row)
+    return rows
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{spread}"
+
+
+def metric_label(name: str) -> str:
+    """What an evaluation measured, in words.
+
+    >>> metric_label("eval_loss"), metric_label("eval_accuracy")
+    ('evaluation loss', 'accuracy')
+    """
+    return "evaluation loss" if name == "eval_loss" else name.removeprefix("eval_")
+
+
+def duration(seconds: float) -> str:
+    """Wall time for people.
+
+    >>> [duration(s) for s in (0.4, 75, 3700)]
+    ['0.4 s', '1 min 15 s', '1 h 1 min']
+    """
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def shared_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Losses and metrics, all runs in one picture each."""
+    charts = [_compared(runs, "loss", "Training loss", "loss")]
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics()))
+    for name in names:
+        label = name.removeprefix("eval_")
+        charts.append(_compared(runs, name, f"Evaluation: {label}", label))
+    return [chart for chart in charts if any(line.points for line in chart.lines)]
+
+
+def _compared(runs: Sequence[Run], key: str, title: str, label: str) -> Chart:
+    lines = [Line(run.name, run.series(key), color=i) for i, run in enumerate(runs)]
+    lines = [line for line in lines if line.points]
+    ends = "; ".join(f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines)
+    return Chart(title, label, lines, summary=ends)
+
+
+def run_charts(run: Run) -> list[Chart]:
+    """What only one run has: budget, importance, revivals, DEM, gates, memory."""
+    charts = [_budget_chart(run), _importance_chart(run), _turnover_chart(run)]
+    for key, title, label in (
+        ("dynlora/dem", "DEM, the penalty on uneven components", "R"),
+        ("dynlora/gate_mean", "Mean size of the live gates", "|c|"),
+    ):
+        points = run.series(key) or [
+            (e["step"], e[key.removeprefix("dynlora/")])
+            for e in run.prunes
+            if key.removeprefix("dynlora/") in e
+        ]
+        charts.append(_single(title, label, points))
+    memory = [(step, value / 2**20) for step, value in run.memory]
+    charts.append(_single("Memory in use", "MiB", memory))
+    return [c for c in charts if any(line.points for line in c.lines)]
+
+
+def _single(title: str, label: str, points: Points) -> Chart:
+    ends = f"from {points[0][1]:.4g} to {points[-1][1]:.4g}" if points else ""
+    return Chart(title, label, [Line(label, points)], summary=f"{title}: {ends}.")
+
+
+def _budget_chart(run: Run) -> Chart:
+    if not run.states:
+        return Chart("Components", "components")
+    total = sum(run.states[0].ranks.values())
+    live: Points = [(s.step, sum(s.ranks.values())) for s in run.states]
+    last_step = run.states[-1].step
+    end = max(run.total_steps, run.states[-1].step)
+    planned: Points = [(run.states[0].step, total), *run.schedule]
+    if run.schedule:
+        planned.append((end, run.schedule[-1][1]))
+    if run.is_finished:
+        live.append((end, live[-1][1]))
+    return Chart(
+        "Components: live against the schedule of Eq. 9",
+        "components",
+        [
+            Line("live", live, color=0, is_stepped=True),
+            Line("schedule", planned, color=1, is_stepped=True, is_dashed=True),
+        ],
+        summary=f"From {total:,} to {live[-1][1]:,.0f} components by step {last_step:,}.",
+    )
+
+
+def _importance_chart(run: Run) -> Chart:
+    lines, bands = [], []
+    for color, (key, name) in enumerate((("importance_kept", "kept"), ("importance_cut", "cut"))):
+        told = [(e["step"], e[key]) for e in run.prunes if e.get(key)]
+        steps = [step for step, _ in told]
+        lines.append(Line(f"{name}: median", [(s, five[2]) for s, five in told], color=color))
+        bands.append(
+            Band(
+                f"{name}: quartiles", steps, [f[1] for _, f in told], [f[3] for _, f in told], color
+            )
+        )
+    return Chart(
+        "Importance of kept and cut components",
+        "share of the module's update",
+        lines,
+        bands,
+        summary="Medians, and bands from the lower to the upper quartile, at each prune event.",
+    )
+
+
+def _turnover_chart(run: Run) -> Chart:
+    cut = [(e["step"], e.get("cut", 0)) for e in run.prunes]
+    revived = [(e["step"], e.get("revived", 0)) for e in run.prunes]
+    return Chart(
+        "Cut and revived at each prune event",
+        "components",
+        [Line("cut", cut, color=0), Line("revived", revived, color=1)],
+        summary=f"{sum(n for _, n in cut):,} cut and {sum(n for _, n in revived):,} revived in all.",
+    )
+
+
+def _section(run: Run) -> dict[str, Any]:
+    states = chosen_states(run.states)
+    names = list(states[-1].ranks) if states else []
+    maps, others = _maps(run, names) if states else ([], [])
+    frames = [
+        {"step": s.step, "budget": s.budget, "ranks": [s.ranks.get(n, 0) for n in names]}
+        for s in states
+    ]
+    return {
+        "run": run,
+        "maps": maps,
+        "others": others,
+        "frames": frames,
+        "charts": run_charts(run),
+        "advice": recommended_config(run.ranks) if run.states else "",
+        "kinds": list(mean_rank_by_kind(run.ranks).items()),
+    }
+
+
+def chosen_states(states: Sequence[RankState]) -> list[RankState]:
+    """At most ``MAX_STATES`` of the states, the first and the last among them."""
+    if len(states) <= MAX_STATES:
+        return list(states)
+    last = len(states) - 1
+    return [states[round(i * last / (MAX_STATES - 1))] for i in range(MAX_STATES)]
+
+
+def _maps(run: Run, names: list[str]) -> tuple[list[RankMap], list[tuple[str, Cell]]]:
+    index = {name: i for i, name in enumerate(names)}
+    stacks, others = group_by_stack(run.ranks)
+    maps = [RankMap(s.name, s.layers, _rows(s, run.init_r, index)) for s in stacks]
+    loose = [(n, _cell(n, rank, run.init_r, index[n])) for n, rank in others.items()]
+    return maps, loose
+
+
+def _rows(
+    stack: LayerStack, init_r: int, index: dict[str, int]
+) -> list[tuple[str, list[Cell | None], str]]:
+    rows = []
+    for kind, row in stack.rows.items():
+        cells: list[Cell | None] = []
+        for layer in stack.layers:
+            name = f"{stack.name}.{layer}.{kind}"
+            cells.append(_cell(name, row[layer], init_r, index[name]) if layer in row else None)
+        rows.append((kind, cells, f"{sum(row.values()) / len(row):.2f}"))
+    return rows
+
+
+def _cell(name: str, rank: int, init_r: int, index: int) -> Cell:
+    return Cell(rank, shade_of(rank, init_r), index, name)
+
+
+def shade_of(rank: int, init_r: int) -> int:
+    """0 for rank 0, then quarters of the initial rank, 1 to 4; the page's script does the same."""
+    return min(-(-rank * SHADES // max(init_r, 1)), SHADES)
+
+
+def _mean(state: RankState) -> float:
+    return sum(state.ranks.values()) / len(state.ranks) if state.ranks else 0.0
+
+
+def _last_step(run: Run) -> int:
+    return max([0, *(s.step for s in run.states), *(step for step, _ in run.logs)])
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
+
+
+def write_page(runs: Sequence[Run], path: Path, *, version: str) -> Path:
+    """Write the report under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(render_page(runs, version=version), encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,65 @@
+"""What a run tells while it goes on: stages, steps, logs."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+RANKS_EVERY_S = 1.0  # reading live ranks waits for the accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Who is told.
+
+    Attributes:
+        announce: a line at the start of each stage.
+        on_step: (optimizer steps done, steps in all, mean live rank or None) after each step.
+        on_log: (step, numbers) at each log and evaluation.
+    """
+
+    announce: Callable[[str], None] = lambda _line: None
+    on_step: Callable[[int, int, float | None], None] = lambda _done, _total, _rank: None
+    on_log: Callable[[int, Mapping[str, Any]], None] = lambda _step, _numbers: None
+
+
+class TellListener(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Passes steps and logs on to a Listener.
+
+    Args:
+        listener: who is told.
+        ranks: live rank by module name, {} for a method without ranks.
+    """
+
+    def __init__(self, listener: Listener, ranks: Callable[[], Mapping[str, int]]) -> None:
+        self.listener = listener
+        self.ranks = ranks
+        self._mean: float | None = None
+        self._read_at = 0.0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """Tell how far the run is; the ranks once a second at most."""
+        if not state.is_world_process_zero:
+            return
+        if time.monotonic() - self._read_at >= RANKS_EVERY_S:
+            ranks = self.ranks()
+            self._mean = sum(ranks.values()) / len(ranks) if ranks else None
+            self._read_at = time.monotonic()
+        self.listener.on_step(state.global_step, state.max_steps, self._mean)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Mapping[str, Any],
+        **_kwargs: Any,
+    ) -> None:
+        """Pass on what Trainer logs."""
+        if state.is_world_process_zero:
+            self.listener.on_log(state.global_step, logs)

@@ -1,0 +1,1 @@
+"""Scores of predictions against references: plain texts, numbers and labels in, figures out."""

@@ -1,0 +1,133 @@
+"""``dynlora export``, ``inspect``, ``report`` and ``watch``: output, exit codes, 80 columns."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from dynlora.cli import look
+from dynlora.cli.main import app
+from test_report import write_run
+from tiny_models import adapted, tiny_llama, train
+
+COMMANDS = ["export", "inspect", "report", "watch"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80"})
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(root / "base")
+    model = adapted(tiny_llama, task_type="CAUSAL_LM")
+    train(model, steps=12, total_steps=40)
+    model.peft_config["default"].base_model_name_or_path = str(root / "base")
+    model.save_pretrained(root / "native")
+    return root / "native"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_has_an_example_and_exit_codes(command):
+    ran = invoke(command, "--help")
+    assert ran.exit_code == 0
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    assert f"dynlora {command} " in ran.stdout
+    assert "Exit code: 0" in ran.stdout
+
+
+def test_help_names_every_command_and_shell_completion():
+    text = invoke("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    assert "--install-completion" in text
+
+
+def test_export_writes_verifies_and_speaks_json(native, tmp_path):
+    ran = invoke(
+        "export", native, "--to", "uniform", "--output", tmp_path / "u", "--verify", "--json"
+    )
+    assert ran.exit_code == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert told["max_rank"] == 8
+    assert told["max_difference"] <= 1e-5
+    assert invoke("inspect", tmp_path / "u").exit_code == 0
+
+
+def test_export_that_differs_is_exit_code_1(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(look, "VERIFY_TOLERANCE", -1.0)
+    ran = invoke("export", native, "--output", tmp_path / "out", "--verify")
+    assert ran.exit_code == 1
+    assert "check failed: outputs differ" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "nowhere"], "nowhere holds no adapter_config.json"),
+        (["export", "nowhere", "--pad-to", "many"], "--pad-to 'many' must be a rank"),
+        (["inspect", "nowhere"], "nowhere holds no adapter_config.json"),
+        (["report", "nowhere"], "holds neither history.jsonl nor run.json"),
+        (["watch", "nowhere"], "holds neither history.jsonl nor run.json"),
+        (["watch", "nowhere", "--every", "0"], "--every 0.0 must be above 0"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_on_stderr_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = invoke(*arguments)
+    assert ran.exit_code == 2
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("dynlora: ")
+    assert message in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []  # noqa: PTH208  # nothing was written
+    assert ran.exception is None or isinstance(ran.exception, SystemExit)
+    assert not isinstance(invoke(*arguments, "--debug").exception, SystemExit)
+
+
+def test_inspect_prints_figures_and_json(native):
+    ran = invoke("inspect", native, "--effective")
+    assert ran.exit_code == 0
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    assert "init_r 4, target_r 1" in ran.stdout
+    assert "a dynamic budget could save" in " ".join(ran.stdout.split())
+    assert json.loads(invoke("inspect", native, "--json").stdout)["kind"] == "native"
+
+
+def test_report_writes_the_page_beside_the_run_and_json(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    ran = invoke("report", run, "--picture", tmp_path / "r.svg")
+    assert ran.exit_code == 0, ran.stderr
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "r.svg").exists()
+    told = json.loads(invoke("report", run, "--terminal", "--json").stdout)
+    assert told["written"] == []
+    assert sum(told["runs"][0]["ranks"].values()) == 58
+
+
+def test_watch_shows_a_finished_run_and_ends(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    for arguments in ([run, "--once"], [run, "--every", "0.01"]):
+        ran = invoke("watch", *arguments)
+        assert ran.exit_code == 0
+        assert "20 of 20 (finished)" in ran.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "watch"])
+def test_commands_that_read_files_do_not_wait_for_torch(native, tmp_path, command):
+    target = native if command == "inspect" else write_run(tmp_path / "run", steps=10)
+    more = {"inspect": ["--effective"], "report": [], "watch": ["--once"]}[command]
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'dynlora'\n"
+        "from dynlora_command import main; main()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, command, str(target), *more],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "ranks" in ran.stdout or "components" in ran.stdout

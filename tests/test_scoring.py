@@ -1,0 +1,164 @@
+"""Scoring and DEM cost little: few operations, small temporaries, no waiting for the device."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reference
+from dynlora import DynLoraConfig, RankAllocator
+from dynlora.scoring import STACK_BYTES, add_dem_gradients_, gram_matrices
+from small_net import adamw
+
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that compute something, and the largest new tensor's bytes."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or func._schema.name in {"aten::detach", "aten::alias"}:
+            return result
+        self.names.append(func._schema.name)
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage.nbytes())
+        return result
+
+
+def many(modules, *, width=8, out=8, dtype=torch.float32, **fields):
+    net = nn.Sequential(*(nn.Linear(width, out, dtype=dtype) for _ in range(modules)))
+    names = [str(i) for i in range(modules)]
+    return get_peft_model(net, DynLoraConfig(target_modules=names, **fields))
+
+
+def with_gradients(model):
+    optimizer = adamw(model)
+    allocator = RankAllocator(model, optimizer, total_steps=1000)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    return optimizer, allocator
+
+
+def one_step(allocator, watch):
+    """What the allocator does around one optimizer step."""
+    with watch:
+        add_dem_gradients_(allocator.layers, factor=0.1)
+        allocator.score(allocator.layers, 1)
+    return watch
+
+
+def tensors_of(allocator):
+    for m in allocator.layers:
+        for p in m.parameters:
+            yield p
+            yield p.grad
+        yield m.ema
+
+
+@pytest.mark.parametrize("rank_dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 3])
+def test_grams_are_the_inner_products(monkeypatch, rank_dim, dtype, count):
+    monkeypatch.setattr("dynlora.scoring.STACK_BYTES", 64)  # forces slices and many small stacks
+    shape = (3, 50) if rank_dim == 0 else (50, 3)
+    factors = [torch.randn(shape).to(dtype) for _ in range(count)] + [torch.ones(2, 2).to(dtype)]
+    grams = gram_matrices(factors, rank_dim=rank_dim)
+    for factor, gram in zip(factors, grams, strict=True):
+        exact = factor.double() if rank_dim == 0 else factor.double().T
+        torch.testing.assert_close(gram.double(), exact @ exact.T, rtol=1e-5, atol=1e-5)
+        assert gram.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_scores_of_modules_of_many_shapes_and_ranks_equal_the_reference():
+    net = nn.Sequential(*(nn.Linear(i, o) for i, o in [(4, 6), (6, 4), (4, 6), (6, 6), (6, 4)]))
+    names = [str(i) for i in range(5)]
+    model = get_peft_model(
+        net,
+        DynLoraConfig(
+            target_modules=names, init_r=3, target_r=2, rank_pattern={"3": 5}, ema_beta=0.75
+        ),
+    )
+    _, allocator = with_gradients(model)
+    for m in allocator.layers:
+        m.gate.data = torch.randn_like(m.gate)
+    allocator.score(allocator.layers, 1)
+    for m in allocator.layers:
+        a, b, c = (p.detach() for p in m.parameters)
+        base = m.layer.get_base_layer()
+        module = reference.Module(base.weight.data, base.bias.data, a, b, c, m.scaling)
+        reference.smooth(module, reference.importance(module), 0.75)
+        torch.testing.assert_close(m.ema, torch.tensor(module.ema), rtol=1e-5, atol=1e-6)
+
+
+def test_modules_that_fit_in_one_stack_cost_as_many_operations_as_one():
+    counts = [
+        len(one_step(with_gradients(many(modules))[1], Watch()).names) for modules in (2, 20, 80)
+    ]
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0] < 30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_temporary_exceeds_a_megabyte(dtype):
+    model = many(12, width=4096, out=3000, dtype=dtype, init_r=24, target_r=16)
+    _, allocator = with_gradients(model)
+    size = sum(p.numel() * 4 for m in allocator.layers for p in m.parameters)
+    watch = one_step(allocator, Watch(tensors_of(allocator)))
+    assert 0 < watch.largest <= STACK_BYTES < size / 8
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """There the allocator leaves out the looks that are free on a CPU."""
+    for module in ("allocator", "scoring"):
+        monkeypatch.setattr(f"dynlora.{module}.can_look", lambda _layers: False)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_step_outside_prune_events_never_waits_for_the_device():
+    model = many(4)
+    optimizer, allocator = with_gradients(model)
+    with Watch() as watch:
+        allocator._before_step(optimizer, (), {})
+        allocator._after_step(optimizer, (), {})
+    assert allocator.step == 1
+    assert watch.names
+    assert not WAITING & set(watch.names)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_step_after_compaction_does_nothing_at_all():
+    model = many(4)
+    optimizer, allocator = with_gradients(model)
+    optimizer.step()
+    allocator.freeze_()
+    with Watch() as watch:
+        allocator._before_step(optimizer, (), {})
+        allocator._after_step(optimizer, (), {})
+    assert watch.names == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_modules_are_scored_pruned_and_compacted():
+    model = many(10_000, width=4, out=4, init_r=2, target_r=1)
+    optimizer = adamw(model)
+    allocator = RankAllocator(model, optimizer, total_steps=4)
+    for _ in range(4):
+        for name, parameter in model.named_parameters():
+            if name.endswith(".c"):
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert sum(allocator.ranks().values()) == 10_000
+    assert len(allocator.finalize_()) == 10_000
