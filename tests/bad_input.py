@@ -92,7 +92,7 @@ def header(change):
 def pickled(name):
     def spoil(folder):
         (folder / WEIGHTS).unlink()
-        (folder / name).write_bytes(pickle.dumps(RunsCode(folder.parent / "trace")))
+        (folder / name).write_bytes(pickle.dumps(RunsCode(folder.parent / "trace"), protocol=2))
 
     return spoil
 
@@ -119,6 +119,10 @@ HOSTILE = {
     "weights missing": without_weights,
     "weights are a pickle under this name": pickled(WEIGHTS),
     "weights are a pickle": pickled("adapter_model.bin"),
+    "weights are a pickle of a list": lambda folder: (
+        (folder / WEIGHTS).unlink(),
+        torch.save([1], folder / "adapter_model.bin"),
+    ),
     "header of a huge size": text(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
     "tensor of a huge declared shape": header(
         lambda h: h[KEY + "lora_A.weight"].update(shape=[2**40, 7])

@@ -6,6 +6,7 @@ is refused while the model is still as it was.
 """
 
 import json
+import pickle
 import re
 import reprlib
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 MAX_CONFIG_BYTES = 2**24
 _ENTRY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)\.lora_(?P<part>[^.]+(?:\.\w+)?)$")
 _PARTS = {
@@ -54,7 +56,7 @@ def read_folder(folder: Path) -> StoredAdapter | None:
         AdapterFileError: files are missing, damaged or inconsistent.
     """
     fields = read_config(folder)
-    has_weights = any((folder / n).exists() for n in (WEIGHTS_NAME, "adapter_model.bin"))
+    has_weights = any((folder / n).exists() for n in (WEIGHTS_NAME, PICKLE_NAME))
     if not has_weights and not fields.get("inference_mode"):
         return None  # PEFT sets inference_mode wherever it writes weights
     return check_tensors(_read_weights(folder))
@@ -114,13 +116,12 @@ def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_NAME
+    path, pickled = folder / WEIGHTS_NAME, folder / PICKLE_NAME
+    if not path.is_file() and pickled.is_file():
+        return _read_pickle(pickled)
     if not path.is_file():
-        pickle = " Its adapter_model.bin is a pickle, which can run code and is refused."
-        has_pickle = (folder / "adapter_model.bin").exists()
         raise AdapterFileError(
-            f"folder holds no {WEIGHTS_NAME}.{pickle if has_pickle else ''} Save the adapter with "
-            "save_pretrained, which writes safetensors."
+            f"folder holds no {WEIGHTS_NAME}. Save the adapter with save_pretrained, which writes it."
         )
     try:
         return dict(load_file(path))
@@ -129,6 +130,22 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             f"{WEIGHTS_NAME} is no safetensors file ({error}): it is truncated, damaged or something "
             "else under this name. Get the folder anew."
         ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Weights that PEFT wrote with ``safe_serialization=False``; nothing but tensors is unpickled."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{PICKLE_NAME} holds something else than tensors ({type(error).__name__}): it may run "
+            "code and is refused. Ask for the adapter as safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterFileError(
+            f"{PICKLE_NAME} holds no tensors by name. Ask for the adapter as safetensors."
+        )
+    return tensors
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> StoredAdapter:

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -32,14 +32,20 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
             f"target_modules={config.target_modules!r} is no list of modules: PEFT writes their names. "
             f"{CONFIG_NAME} is damaged."
         )
-    present = dict(model.named_modules())
+    present = {
+        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for name, module in model.named_modules()
+    }
     for name, shapes in stored.shapes.items():
         if name.removesuffix(OUT_PROJECTION) not in present:
             raise AdapterFileError(
                 f"module {name!r} of the adapter is not in {type(model).__name__}: the adapter was made "
                 f"for another base model ({config.base_model_name_or_path!r}). Load that one."
             )
-        widths = _widths(present.get(name))
+        module = present.get(name)
+        widths = (
+            None if isinstance(module, nn.Embedding) else _widths(module)
+        )  # vocabularies may grow
         if shapes and widths and (shapes[0][1], shapes[1][0]) != widths:
             raise AdapterFileError(
                 f"module {name!r} maps {widths[0]} to {widths[1]} features, its adapter "

@@ -47,7 +47,8 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        stored = check_tensors(state_dict)
+        # a caller of set_peft_model_state_dict may bring trained biases that the config does not name
+        stored = check_tensors({k: v for k, v in state_dict.items() if not k.endswith(".bias")})
         check_others(unwrapped(model), config, stored)
         check_same_modules([m.name for m in find_gated_layers(model, adapter_name)], stored)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
