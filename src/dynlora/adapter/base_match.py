@@ -60,13 +60,11 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
 def check_others(model: nn.Module, config: Any, stored: StoredAdapter) -> None:
     """Refuse entries that would overwrite weights of the base model that no adapter may bring.
 
-    Allowed are what ``modules_to_save``, ``bias`` and ``trainable_token_indices`` name, and the embeddings
-    of the vocabulary, which PEFT saves by itself where they were resized.
+    Allowed are what ``modules_to_save``, ``bias`` and ``trainable_token_indices`` name, and the embeddings,
+    which PEFT saves by itself where a vocabulary was resized.
     """
     known = [*(config.modules_to_save or ()), "embed_tokens", "lm_head"]
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(model, getter) and (embedding := getattr(model, getter)()) is not None:
-            known += [name for name, module in model.named_modules() if module is embedding]
+    known += [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     for key in stored.others:
         is_bias = config.bias != "none" and key.endswith(".bias")
         is_token = config.trainable_token_indices and "trainable_tokens" in key

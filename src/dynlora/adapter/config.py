@@ -260,10 +260,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
                 "ceil(1.5 * target_r)."
             )
         for name, rank in (self.rank_pattern or {}).items():
-            if not _is_integer(rank) or rank < 1:
+            if not _is_integer(rank) or rank < 0:  # 0: fell to rank 0 in a saved run
                 raise ValueError(
-                    f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of at least 1; name a "
-                    "module in exclude_modules to leave it out."
+                    f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of 0 or more, such as 8."
                 )
         for name, alpha in (self.alpha_pattern or {}).items():
             if not _is_number(alpha) or not alpha > 0:
