@@ -60,8 +60,8 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
 def check_others(model: nn.Module, config: Any, stored: StoredAdapter) -> None:
     """Refuse entries that would overwrite weights of the base model that no adapter may bring.
 
-    Allowed are what ``modules_to_save``, ``bias`` and ``trainable_token_indices`` name, and the embeddings
-    of the vocabulary, which PEFT saves by itself where they were resized.
+    Allowed are what ``modules_to_save``, ``bias`` and ``trainable_token_indices`` name, and the embeddings,
+    which PEFT saves by itself where a vocabulary was resized.
     """
     known = [*(config.modules_to_save or ()), "embed_tokens", "lm_head"]
     embeddings = _embeddings(model)
