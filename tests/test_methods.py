@@ -230,7 +230,7 @@ def test_random_scores_are_drawn_once_and_by_the_seed_alone():
 
 
 def test_another_score_decides_what_is_pruned():
-    def first_module_and_low_index_first(layers):
+    def first_module_and_low_index_first(layers, _step):
         for place, gated in enumerate(layers):
             gated.ema.copy_(100 - 10 * place - torch.arange(gated.num_components))
 
