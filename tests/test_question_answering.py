@@ -14,7 +14,7 @@ FILLER = "It was a long and quiet day in the old house by the sea."
 def row(number, answered=True):
     thing = THINGS[number % len(THINGS)]
     context = f"{FILLER} Then the {thing} came in. {FILLER}"
-    answers = {"text": [thing], "answer_start": [context.index(thing)]}
+    answers = {"text": [thing], "answer_start": [context.index(f"the {thing} came") + len("the ")]}
     return {
         "id": str(number),
         "title": "Animals",

@@ -101,6 +101,7 @@ def test_scores_of_modules_of_many_shapes_and_ranks_equal_the_reference():
         torch.testing.assert_close(m.ema, torch.tensor(module.ema), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
 def test_modules_that_fit_in_one_stack_cost_as_many_operations_as_one():
     counts = [
         len(one_step(with_gradients(many(modules))[1], Watch()).names) for modules in (2, 20, 80)
