@@ -247,7 +247,7 @@ class RankAllocator:
             "importance": self.config.importance,
             "schedule": self.config.schedule,
             "budget": self.config.budget,
-            "modules": {m.name: m.scaling for m in self.layers},
+            "modules": {m.name: None if m.is_dropped else m.scaling for m in self.layers},
         }
 
     # -- before the step: DEM -------------------------------------------------------------------

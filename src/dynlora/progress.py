@@ -88,7 +88,7 @@ def _check_form(state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
         )
 
 
-def _check_modules(saved: Mapping[str, float], present: Mapping[str, float]) -> None:
+def _check_modules(saved: Mapping[str, float | None], present: Mapping[str, float | None]) -> None:
     gone, new = sorted(saved.keys() - present.keys()), sorted(present.keys() - saved.keys())
     if gone or new:
         raise ValueError(
@@ -97,6 +97,8 @@ def _check_modules(saved: Mapping[str, float], present: Mapping[str, float]) -> 
         )
     for name, scaling in present.items():
         was = saved[name]
+        if scaling is None or was is None:  # a module of rank 0 has none
+            continue
         if not isinstance(was, int | float) or not math.isclose(
             scaling, was, rel_tol=_SAME_SCALING
         ):
