@@ -73,7 +73,7 @@ def test_the_defaults_in_the_table_are_the_configs():
                 expected = "12"
             assert str(getattr(config, field)) == expected, field
             checked += 1
-    assert checked == 18
+    assert checked == 19
 
 
 def test_the_make_targets_in_the_readme_exist():
