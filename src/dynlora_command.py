@@ -18,7 +18,9 @@ def main() -> None:
     """Entry point of ``dynlora``."""
     if set(sys.argv[1:2]) <= LIGHT:
         _place_package()
-    for name in NOISY:  # they tell at import what they could not load, even where nobody asked for it
+    for (
+        name
+    ) in NOISY:  # they tell at import what they could not load, even where nobody asked for it
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from dynlora.cli.main import main as run
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from dynlora.report.layout import group_by_stack, split_name
-from dynlora.report.rank_grid import SHADES, rank_grid, shade
+from dynlora.report.rank_grid import STYLES, rank_grid, shade
 
 BERT_KINDS = [
     "attention.self.query",
@@ -101,11 +101,11 @@ def test_every_number_is_readable_without_colour():
 
 @pytest.mark.parametrize(("rank", "step"), [(0, 0), (1, 1), (3, 1), (4, 2), (12, 4), (40, 4)])
 def test_shades_are_quarters_of_the_initial_rank(rank, step):
-    assert shade(rank, init_r=12) == SHADES[step]
+    assert shade(rank, init_r=12) == STYLES[step]
 
 
 def test_every_shade_sets_both_colours():
-    assert all(style.color and style.bgcolor for style in SHADES)
+    assert all(style.color and style.bgcolor for style in STYLES)
 
 
 def test_a_trailing_number_is_no_layer():

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 KIND_WIDTH = 26  # of the row names; longer ones lose their beginning
 
+SHADES = 4  # of live ranks: quarters of the initial rank; rank 0 has one of its own
+
 _NUMBERED = re.compile(r"(?P<stack>.+?)\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
@@ -62,3 +64,25 @@ def short_kinds(kinds: list[str]) -> dict[str, str]:
 def _last_parts(kind: str) -> str:
     tail = kind[-(KIND_WIDTH - 1) :]
     return tail.partition(".")[2] or tail
+
+
+def shade_of(rank: int, init_r: int) -> int:
+    """0 for rank 0, then quarters of the initial rank, 1 to 4; the page's script does the same."""
+    return min(-(-rank * SHADES // max(init_r, 1)), SHADES)
+
+
+def shade_ranges(init_r: int) -> list[tuple[int, str]]:
+    """The shades that occur and the ranks they stand for, for a legend.
+
+    >>> shade_ranges(6)
+    [(0, '0'), (1, '1'), (2, '2-3'), (3, '4'), (4, '5-6')]
+    """
+    ranges = []
+    lowest = 0
+    for shade in range(SHADES + 1):
+        highest = shade * init_r // SHADES
+        if highest >= lowest:  # else fewer ranks than shades
+            text = str(lowest) if lowest == highest else f"{lowest}-{highest}"
+            ranges.append((shade, text))
+            lowest = highest + 1
+    return ranges

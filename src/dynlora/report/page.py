@@ -9,12 +9,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dynlora.report.charts import Band, Chart, Line
-from dynlora.report.layout import LayerStack, group_by_stack
+from dynlora.report.layout import LayerStack, group_by_stack, shade_of, shade_ranges
 from dynlora.report.recommend import mean_rank_by_kind, recommended_config
 from dynlora.report.run import Points, RankState, Run
 
 MAX_STATES = 60  # rank maps behind the slider; of more prune events an even choice
-SHADES = 4  # of live ranks, as in the terminal's grid; a fifth is rank 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ def render_page(runs: Sequence[Run], *, version: str) -> str:
             ("By method: mean ± standard deviation over runs", method_rows(runs)),
         ],
         charts=[(chart, chart.svg(i)) for i, chart in enumerate(charts)],
+        shade_ranges=shade_ranges,
         sections=[
             section
             | {"charts": [(c, c.svg(100 * n + i)) for i, c in enumerate(section["charts"], 100)]}
@@ -279,11 +279,6 @@ def _rows(
 
 def _cell(name: str, rank: int, init_r: int, index: int) -> Cell:
     return Cell(rank, shade_of(rank, init_r), index, name)
-
-
-def shade_of(rank: int, init_r: int) -> int:
-    """0 for rank 0, then quarters of the initial rank, 1 to 4; the page's script does the same."""
-    return min(-(-rank * SHADES // max(init_r, 1)), SHADES)
 
 
 def _mean(state: RankState) -> float:

@@ -8,7 +8,14 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from dynlora.report.layout import KIND_WIDTH, LayerStack, group_by_stack, short_kinds
+from dynlora.report.layout import (
+    KIND_WIDTH,
+    LayerStack,
+    group_by_stack,
+    shade_of,
+    shade_ranges,
+    short_kinds,
+)
 
 WIDTH = 80  # of the terminal, in characters
 MEAN_WIDTH = 7  # of the column "mean", with its gap
@@ -16,7 +23,7 @@ MEAN_WIDTH = 7  # of the column "mean", with its gap
 # Dark to bright as in viridis, for shares of the initial rank 0, (0, 1/4], ... (3/4, 1]. Every cell
 # sets both colours, so it reads the same on light and dark terminals; without colour the number says
 # it all.
-SHADES = (
+STYLES = (
     Style(color="#ffffff", bgcolor="#440154"),
     Style(color="#ffffff", bgcolor="#3b528b"),
     Style(color="#ffffff", bgcolor="#1f7a8c"),
@@ -27,8 +34,7 @@ SHADES = (
 
 def shade(rank: int, *, init_r: int) -> Style:
     """The colours of a cell: darkest for rank 0, brightest for more than 3/4 of ``init_r``."""
-    steps = len(SHADES) - 1
-    return SHADES[min(-(-rank * steps // init_r), steps)]
+    return STYLES[shade_of(rank, init_r)]
 
 
 def rank_grid(ranks: Mapping[str, int], *, init_r: int, width: int = WIDTH) -> RenderableType:
@@ -98,14 +104,8 @@ def _mean_text(ranks: list[int], *, decimals: int = 2) -> str:
 
 
 def _legend(init_r: int) -> RenderableType:
-    steps = len(SHADES) - 1
     legend = Text("rank ", style="dim")
-    lowest = 0
-    for step, style in enumerate(SHADES):
-        highest = step * init_r // steps
-        if highest < lowest:
-            continue  # fewer ranks than shades
-        legend.append(f" {lowest}" if lowest == highest else f" {lowest}-{highest}", style=style)
-        legend.append(" ", style=style)
-        lowest = highest + 1
+    for shade_number, ranks in shade_ranges(init_r):
+        legend.append(f" {ranks}", style=STYLES[shade_number])
+        legend.append(" ", style=STYLES[shade_number])
     return Padding(legend.append(f"  of {init_r} at the start", style="dim"), (1, 0, 0, 0))
