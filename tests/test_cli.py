@@ -176,3 +176,11 @@ def test_python_m_dynlora_is_the_command():
     command = [sys.executable, "-m", "dynlora", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("dynlora ")
+
+
+def test_bench_without_its_packages_says_what_to_install(monkeypatch):
+    for module in ("dynlora.cli.bench", "dynlora.bench.render", "dynlora.bench.page"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = invoke("bench", "suite.yaml")
+    assert_one_line_error(ran, "this needs matplotlib; pip install 'dynlora[bench]'")

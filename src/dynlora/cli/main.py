@@ -141,8 +141,14 @@ def bench(
 
     Exit code: 0 done, 1 cells failed, 2 a mistake, 130 stopped.
     """
-    from dynlora.cli.bench import Wishes
-    from dynlora.cli.bench import bench as run_bench
+    try:
+        from dynlora.cli.bench import Wishes
+        from dynlora.cli.bench import bench as run_bench
+    except ModuleNotFoundError as missing:
+        from dynlora.cli.terminal import USER_MISTAKE, print_error
+
+        print_error(f"this needs {missing.name}; pip install 'dynlora[bench]'")
+        raise typer.Exit(USER_MISTAKE) from missing
 
     code = run_bench(
         Wishes(
