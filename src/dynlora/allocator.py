@@ -267,9 +267,8 @@ class RankAllocator:
 
     def _prepare_gradients(self, optimizer: Any) -> None:
         scale = loss_scale(optimizer)
-        if scale is None and can_look(
-            self.layers
-        ):  # a scaled step is checked, and skipped, by its scaler
+        # a scaled step is checked, and skipped, by its scaler
+        if scale is None and can_look(self.layers):
             check_gradients(self.layers, step=self.step + 1)
         if self.is_frozen or self.config.dem_weight == 0:
             return
@@ -316,9 +315,10 @@ class RankAllocator:
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
         names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
         check_importance(names, emas, step=self.step)
-        keep = allocation.select_components(scores, self.budget)
         if self.config.budget == "parameters":
             keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
+        else:
+            keep = allocation.select_components(scores, self.budget)
         keep = agreed(keep)
         before = torch.cat([m.live for m in self.layers])
         sizes = [m.num_components for m in self.layers]

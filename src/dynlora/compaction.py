@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynlora.adapter.components import GatedLayer
+from dynlora.adapter.components import RANK_DIMS, GatedLayer
 from dynlora.adapter.layers import can_drop, drop_, dropped_parameters, note_rank_, set_factors_
 from dynlora.optimizer_state import CannotShrinkError, cut_states
-
-_RANK_DIMS = (0, 1, 0)  # where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components
 
 
 def compact_(layers: Sequence[GatedLayer], optimizer: Optimizer | None) -> None:
@@ -35,7 +33,7 @@ def compact_(layers: Sequence[GatedLayer], optimizer: Optimizer | None) -> None:
     shrinking = [m for m in layers if not m.is_dropped and not bool(m.live.all())]
     for gated in shrinking:
         keep = gated.live.nonzero().flatten()
-        for old, dim in zip(gated.parameters, _RANK_DIMS, strict=True):
+        for old, dim in zip(gated.parameters, RANK_DIMS, strict=True):
             _refuse_hooks(gated.name, old)
             here = keep.to(old.device)
             held = optimizer.state.get(old, {}) if optimizer else {}

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynlora.adapter.components import GatedLayer
+from dynlora.adapter.components import RANK_DIMS, GatedLayer
 from dynlora.adapter.sharding import laid_out
-
-_RANK_DIMS = (0, 1, 0)  # where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components
 
 
 @torch.no_grad()
@@ -27,7 +25,7 @@ def forget_pruned_(layers: Sequence[GatedLayer], optimizer: Optimizer) -> None:
     for gated in layers:
         if gated.is_dropped or bool(gated.live.all()):
             continue
-        for parameter, dim in zip(gated.parameters, _RANK_DIMS, strict=True):
+        for parameter, dim in zip(gated.parameters, RANK_DIMS, strict=True):
             shape = [1] * parameter.ndim
             shape[dim] = len(gated.live)
             mask = gated.live.view(shape).expand(parameter.shape)

@@ -16,6 +16,9 @@ from dynlora.adapter.layers import factors, is_dropped, is_gated
 from dynlora.adapter.sharding import is_sharded
 from dynlora.adapter.zero import unwrap_engine
 
+RANK_DIMS = (0, 1, 0)
+"""Where A (rank, in, ...), B (out, rank, ...) and c (rank,) count components."""
+
 
 @dataclass(frozen=True)
 class GatedLayer:

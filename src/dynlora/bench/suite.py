@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dynlora.tasks.offline import offline_model
-from dynlora.tasks.recipe import recipe_from
+from dynlora.tasks.recipe import read_fields, recipe_from
 from dynlora.tasks.run import checked_data
 from dynlora.tasks.typed_fields import RecipeError, build, unknown_name
 
@@ -127,14 +127,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         RecipeError: the file cannot be read, or a field of the suite or of a recipe is unfit.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"suite {str(path)!r} is not a file; check its name.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"suite {str(path)!r} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"suite {str(path)!r} holds no fields; begin with 'name: …'.")
+    values = read_fields(path, what="suite", first="name")
     suite = suite_from(values, folder=path.parent)
     check_recipes(suite)
     return suite
