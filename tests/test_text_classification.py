@@ -140,3 +140,15 @@ def test_a_model_without_such_a_head_is_refused(tmp_path):
         base.model(AutoModelForSequenceClassification, num_labels=2)
     with pytest.raises(RecipeError, match="cannot be read"):
         BaseModel(name=str(tmp_path / "absent")).config()
+
+
+def test_evaluation_rows_are_batched_by_length_and_keep_their_labels(tmp_path):
+    words = ["film", "good good film", "good film", "good good good film"]
+    rows = [{"text": t, "label": len(t.split()) % 2} for t in words]
+    save_encoder(tmp_path)
+    data = read(Options(), splits_of(rows, rows))
+    prepared = FAMILY.prepare(Options(), data, BaseModel(name=str(tmp_path)))
+    ids = prepared.evals[""]["input_ids"]
+    assert [len(row) - 2 for row in ids] == [4, 3, 2, 1]  # beside [CLS] and [SEP]
+    assert prepared.evals[""]["labels"][:] == [0, 1, 0, 1]
+    assert [len(row) - 2 for row in prepared.train["input_ids"]] == [1, 3, 2, 4]

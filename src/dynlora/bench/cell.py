@@ -1,11 +1,11 @@
-"""The process of one cell: ``python -m dynlora.bench.cell SPEC.json`` runs it and writes its result."""
+"""The process of one cell: runs it and writes its result."""
 
 import json
+import multiprocessing
 import os
 import resource
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +21,23 @@ from dynlora.tasks.run_files import read_run
 KEPT = ("steps", "budget", "ranks", "train_s", "versions", "commit", "machine", "baselines")
 
 
-def main(spec_path: Path) -> None:
-    """Run what the spec says; an error ends the process with its traceback."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def run_cell(spec_path: Path, log: Path, environment: Mapping[str, str]) -> None:
+    """Run what the spec says, in a process that does nothing else; an error ends it with its traceback.
+
+    Args:
+        spec_path: JSON file with the recipe, the sets that select and report, and where the result goes.
+        log: file that takes what the run prints.
+        environment: variables to set before anything is computed.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C is for the bench, which ends its cells
+    with log.open("w", encoding="utf8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # torch has read the variable before
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     spec = json.loads(spec_path.read_text(encoding="utf8"))
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recipe = recipe_from(spec["recipe"])
@@ -86,12 +100,9 @@ def _peak_memory_bytes() -> dict[str, int]:
     return peak
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """A worker that was killed must not leave its cell running beside the one that replaces it."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
