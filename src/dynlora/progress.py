@@ -51,10 +51,13 @@ def check_model(state: Mapping[str, Any], layers: Sequence[GatedLayer]) -> None:
             "load the adapter weights of that run's checkpoint first."
         )
     live = sum(int(m.live.sum()) for m in layers)
-    if state["is_frozen"] and live != state["target_components"]:
+    frozen_at = state["target_components"]
+    if state["budget"] == "parameters" and state["history"]:
+        frozen_at = state["history"][-1]["budget"]  # how many fit is known only then
+    if state["is_frozen"] and live != frozen_at:
         raise ValueError(
             f"model holds {live} live components, the interrupted run was frozen at "
-            f"{state['target_components']}: load the adapter weights of that run's checkpoint first."
+            f"{frozen_at}: load the adapter weights of that run's checkpoint first."
         )
     if state["step"] and not any(bool(m.ema.any()) for m in layers):
         raise ValueError(
