@@ -7,6 +7,12 @@ from typing import Any
 from dynlora.adapter.components import GatedLayer
 
 STATE_VERSION = 1
+KEPT_FIELDS = (
+    "prune_start", "prune_end", "prune_interval", "ema_beta", "dem_weight", "revival", "importance",
+    "schedule", "budget",
+)  # fmt: skip
+"""Fields of the config that must not change between the parts of one run."""
+
 _SAME_SCALING = 1e-6
 """Relative; a scaling rebuilt as alpha / rank may differ from the first one in its last bit."""
 
