@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow test-zero check fmt peft-suite bench ci
+.PHONY: setup demo test test-slow test-zero check fmt coverage mutants hooks peft-suite bench ci
 
 setup: .venv/dev.stamp
 
@@ -40,6 +40,14 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(CLEAN_CACHE) && $(BIN)/lint-imports
+	$(BIN)/deptry src
+	$(BIN)/vulture
+
+coverage: .venv/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=95
+
+hooks: .venv/dev.stamp
+	$(BIN)/pre-commit install
 
 fmt: .venv/dev.stamp
 	$(BIN)/ruff format .

@@ -79,7 +79,7 @@ def test_rows_and_windows_have_to_match():
 logits = arrays(np.float32, (2, 6), elements=st.integers(-20, 20).map(float))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(logits, logits, st.integers(1, 4))
 def test_the_choice_equals_a_search_through_all_spans(start, end, longest):
     best = max(

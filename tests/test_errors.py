@@ -156,7 +156,7 @@ def test_an_export_onto_a_full_disk_keeps_the_previous_one(tmp_path, limit):
 # -- fuzzing -------------------------------------------------------------------------------------
 
 FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=60, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 
