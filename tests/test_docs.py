@@ -73,7 +73,6 @@ def shop(tmp_path, monkeypatch):
     return {
         "args": hf.TrainingArguments("runs/own", max_steps=12, save_steps=5, report_to=[]),
         "base": tiny_bert(),
-        "bf16": False,
         "data": data,
         "fresh_base": tiny_bert(),
         "loader": DataLoader(data, batch_size=2),
