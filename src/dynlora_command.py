@@ -10,18 +10,15 @@ import sys
 
 LIGHT = frozenset({"inspect", "report", "watch", "--help", "-h", "--version"})
 
-
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+for name in NOISY:  # they tell at import what they could not load, even where nobody asked for it
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def main() -> None:
     """Entry point of ``dynlora``."""
     if set(sys.argv[1:2]) <= LIGHT:
         _place_package()
-    for (
-        name
-    ) in NOISY:  # they tell at import what they could not load, even where nobody asked for it
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     from dynlora.cli.main import main as run
 
     run()

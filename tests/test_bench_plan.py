@@ -3,7 +3,7 @@
 import pytest
 
 from bench_results import cell, failed, result, score, small_suite
-from dynlora.bench.plan import chosen_rate, num_cells, wanted_cells
+from dynlora.bench.plan import chosen_rate, num_cells, source_of, wanted_cells
 
 
 def run_all(suite, run=lambda c: result(c, score(c))):
@@ -95,3 +95,39 @@ def test_a_rate_factor_scales_the_whole_sweep():
     )
     assert suite.rates("a", "lora") == [0.001, 0.01]
     assert suite.rates("a", "full") == [0.00001, 0.0001]
+
+
+def test_a_method_that_takes_the_ranks_of_another_waits_for_them():
+    methods = {
+        "lora": {"method": "lora"},
+        "dynlora": {"method": "dynlora"},
+        "transfer": {"method": "lora", "ranks_of": "dynlora"},
+    }
+    suite = small_suite(methods=methods)
+    seen = {}
+
+    def run(c):
+        seen[c.key] = source_of(suite, dict(finished), c)
+        finished[c.key] = result(c, score(c) if c.method != "transfer" else c.learning_rate)
+        return finished[c.key]
+
+    finished = {}
+    results, order = run_all(suite, run)
+    assert len(order) == num_cells(suite, {}) == len(results)
+    place = {c.key: i for i, c in enumerate(order)}
+    for c in order:
+        source = seen[c.key]
+        if c.method != "transfer":
+            assert source is None
+            continue
+        assert (source.task, source.method, source.seed) == (c.task, "dynlora", c.seed)
+        assert source.learning_rate == 0.01
+        assert place[source.key] < place[c.key]
+
+
+def test_ranks_are_not_taken_from_a_cell_that_failed():
+    suite = small_suite(
+        methods={"lora": {"method": "lora"}, "transfer": {"method": "lora", "ranks_of": "lora"}}
+    )
+    _, order = run_all(suite, lambda c: failed(c) if c.task == "a" else result(c, 0.5))
+    assert {c.task for c in order if c.method == "transfer"} == {"b"}

@@ -65,6 +65,10 @@ def test_a_task_may_start_from_a_recipe_file(tmp_path):
         ({"metods": {}}, "unknown field 'metods'; did you mean 'methods'"),
         ({"baseline": "lola"}, "unknown baseline 'lola'; did you mean 'lora'"),
         ({"seeds": []}, "seeds is empty"),
+        (
+            {"methods": {"lora": {"method": "lora", "ranks_of": "dynlra"}}},
+            "unknown ranks_of 'dynlra'",
+        ),
         ({"tasks": {"a--b": {}}}, "name 'a--b' must hold no '--'"),
         ({"report": ["validation"]}, "report=.* holds select='validation'"),
         ({"report": ["tset"]}, "task 'short': data.evals=.* has no set 'tset'"),

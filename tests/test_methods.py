@@ -268,3 +268,30 @@ def test_a_model_without_biases_has_no_bitfit():
         adapted("bitfit", model=Bare())
     with pytest.raises(ValueError, match="no sub-layer of Bare was found"):
         adapted("houlsby", model=Bare())
+
+
+def test_lora_takes_the_ranks_of_a_finished_run():
+    name = "bert.encoder.layer.{}.attention.self.{}".format
+    ranks = {name(0, "query"): 3, name(0, "key"): 0, name(1, "value"): 1}
+    made = adapted("lora", AdapterOptions(target_r=2, lora_alpha=8, ranks=ranks))
+    assert made.ranks() == {name(0, "query"): 3, name(1, "value"): 1}
+    layers = made.model.base_model.model.bert.encoder.layer
+    assert layers[0].attention.self.query.scaling == {"default": 4.0}  # as at rank 2 everywhere
+    assert layers[1].attention.self.value.scaling == {"default": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"bert.encoder.layer.0.attention.self.qery": 1}, "it has 'bert.encoder.layer.0.attention"),
+        ({"bert.pooler.dense": -1, "classifier": 1}, "must hold ranks of at least 0"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_model_are_refused(ranks, message):
+    with pytest.raises(ValueError, match=message):
+        adapted("lora", AdapterOptions(target_r=2, ranks=ranks))
+
+
+def test_ranks_that_are_all_zero_are_refused():
+    with pytest.raises(ValueError, match="ranks must hold a rank above 0"):
+        AdapterOptions(ranks={"a": 0})

@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import nn
+from transformers import set_seed
 
-from dynlora import DynLoraConfig, allocation
+from dynlora import DynLoraConfig, RankAllocator, allocation
 from dynlora.adapter.components import find_gated_layers
 from dynlora.measures import component_sizes
 from dynlora.moments import forget_pruned_
@@ -116,6 +119,42 @@ def test_a_budget_in_parameters_is_a_lora_of_the_same_size():
     stored = sum(rank * sizes[name] for name, rank in allocator.ranks().items())
     allowed = 2 * sum(sizes.values())  # target_r=2
     assert allowed - min(sizes.values()) < stored <= allowed
+
+
+class Uneven(nn.Module):
+    """Two modules whose components differ in size."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(6, 6), nn.Linear(6, 40)
+
+    def forward(self, x):
+        return self.wide(self.narrow(x))
+
+
+def uneven():
+    set_seed(0)
+    config = DynLoraConfig(
+        target_modules=["narrow", "wide"], init_r=6, target_r=3, budget="parameters"
+    )
+    model = get_peft_model(Uneven(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    return model, optimizer, RankAllocator(model, optimizer, total_steps=20)
+
+
+def test_a_run_with_a_budget_in_parameters_resumes_after_the_freeze_too(tmp_path):
+    model, optimizer, allocator = uneven()
+    for step in range(15):
+        model(torch.full((4, 6), step / 15)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert allocator.is_frozen
+    assert sum(allocator.ranks().values()) != allocator.target_components
+    again, optimizer_again, resumed = uneven()
+    again.load_state_dict(model.state_dict())
+    optimizer_again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(allocator.state_dict())
+    assert resumed.ranks() == allocator.ranks()
 
 
 def test_select_within_refuses_what_cannot_be_ranked_or_spent():

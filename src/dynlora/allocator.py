@@ -13,6 +13,7 @@ from dynlora.adapter.fold import finalize_, swap_config_
 from dynlora.adapter.guard import expect_step_of, stop_waiting
 from dynlora.adapter.patterns import ragged_config
 from dynlora.adapter.sharding import laid_out, scale_all_
+from dynlora.averaged_copies import AveragedCopies
 from dynlora.compaction import compact_, release_dropped_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
 from dynlora.health import can_look, check_gradients, check_importance
@@ -21,9 +22,9 @@ from dynlora.moments import forget_pruned_
 from dynlora.optimizer_state import CannotShrinkError
 from dynlora.parameter_budget import fitting
 from dynlora.preflight import check_optimizer, check_shards, known_total_steps, target_components
-from dynlora.progress import STATE_VERSION, check_model, check_state
+from dynlora.progress import KEPT_FIELDS, STATE_VERSION, check_model, check_state
 from dynlora.scoring import Score, add_dem_gradients_, chosen_score
-from dynlora.stepping import after_closure, attach, is_inner_step, loss_scale, steppable
+from dynlora.stepping import attach, is_inner_step, loss_scale, once_computed, steppable
 
 
 class RankAllocator:
@@ -84,7 +85,7 @@ class RankAllocator:
         self.is_frozen = False
         self._has_seen_a_step = False
         self.history: list[dict[str, Any]] = []
-        self._copies: list[tuple[nn.Module, list[GatedLayer]]] = []
+        self._copies = AveragedCopies(self.adapter)
         self._held: list[tuple[GatedLayer, Tensor]] = []  # layers with dead components, and masks
         self.optimizer = steppable(optimizer)
         check_optimizer(self.optimizer, self.layers)
@@ -107,14 +108,17 @@ class RankAllocator:
     @property
     def budget(self) -> int:
         """Components that may be alive after the steps done so far (Eq. 9)."""
-        return allocation.budget_at(
-            self.step,
-            total=self.num_components,
-            target=self.target_components,
-            start=self.start,
-            stop=self.stop,
-            schedule=self.config.schedule,
-        )
+        return allocation.budget_at(self.step, **self._budget_plan())
+
+    def _budget_plan(self) -> dict[str, Any]:
+        """What Eq. 9 is computed from."""
+        return {
+            "total": self.num_components,
+            "target": self.target_components,
+            "start": self.start,
+            "stop": self.stop,
+            "schedule": self.config.schedule,
+        }
 
     def plan(self) -> dict[str, Any]:
         """The run as it is meant to go, for its record; plain numbers.
@@ -124,18 +128,11 @@ class RankAllocator:
             module name), component_sizes (numbers in one component of plain LoRA, by module name),
             num_components and target_components.
         """
-        schedule = allocation.prune_plan(
-            total=self.num_components,
-            target=self.target_components,
-            start=self.start,
-            stop=self.stop,
-            interval=self.config.prune_interval,
-            schedule=self.config.schedule,
-        )
+        events = allocation.prune_plan(**self._budget_plan(), interval=self.config.prune_interval)
         return {
             "total_steps": self.total_steps,
             "window": [self.start, self.stop],
-            "schedule": [list(event) for event in schedule],
+            "schedule": [list(event) for event in events],
             "num_components": self.num_components,
             "target_components": self.target_components,
             "ranks": self.ranks(),
@@ -154,14 +151,7 @@ class RankAllocator:
         Raises:
             ValueError: the copy has no such adapter, or its modules have other ranks than the model's.
         """
-        layers = find_gated_layers(copy, self.adapter)
-        ours = [(m.name, m.num_components) for m in self.layers]
-        if [(m.name, m.num_components) for m in layers] != ours:
-            raise ValueError(
-                f"copy={type(copy).__name__} does not hold adapter {self.adapter!r} with the shapes that "
-                "the model has now. Pass the AveragedModel, or deep copy, of this very model."
-            )
-        self._copies.append((copy, layers))
+        self._copies.add(copy, self.layers)
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; nothing is scored or pruned from here on."""
@@ -238,15 +228,7 @@ class RankAllocator:
         return {
             "total_steps": self.total_steps,
             "target_components": self.target_components,
-            "prune_start": self.config.prune_start,
-            "prune_end": self.config.prune_end,
-            "prune_interval": self.config.prune_interval,
-            "ema_beta": self.config.ema_beta,
-            "dem_weight": self.config.dem_weight,
-            "revival": self.config.revival,
-            "importance": self.config.importance,
-            "schedule": self.config.schedule,
-            "budget": self.config.budget,
+            **{name: getattr(self.config, name) for name in KEPT_FIELDS},
             "modules": {m.name: None if m.is_dropped else m.scaling for m in self.layers},
         }
 
@@ -256,14 +238,7 @@ class RankAllocator:
         """Check the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
             return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._prepare_gradients(optimizer)
-            return None
-        wrapped = after_closure(closure, lambda: self._prepare_gradients(optimizer))
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
+        return once_computed(args, kwargs, lambda: self._prepare_gradients(optimizer))
 
     def _prepare_gradients(self, optimizer: Any) -> None:
         scale = loss_scale(optimizer)
@@ -358,10 +333,7 @@ class RankAllocator:
 
     def _freeze(self) -> None:
         self.is_frozen = True
-        for _, layers in self._copies:
-            for copied, gated in zip(layers, self.layers, strict=True):
-                copied.live.copy_(gated.live)
-                copied.gate.mul_(gated.live.to(copied.gate.device))
+        self._copies.mask_like_(self.layers)
         ddp = self._finder.ddp
         if not self.config.compact or (world_size() > 1 and not (ddp and can_rebuild(ddp))):
             return
@@ -379,6 +351,4 @@ class RankAllocator:
             rebuild_reducer_(ddp)
         ragged = ragged_config(self.config, self.layers)
         swap_config_(self.model, self.adapter, ragged)
-        for copy, layers in self._copies:
-            compact_(layers, None)
-            swap_config_(copy, self.adapter, ragged)
+        self._copies.compact_(ragged)

@@ -7,6 +7,12 @@ from typing import Any
 from dynlora.adapter.components import GatedLayer
 
 STATE_VERSION = 1
+KEPT_FIELDS = (
+    "prune_start", "prune_end", "prune_interval", "ema_beta", "dem_weight", "revival", "importance",
+    "schedule", "budget",
+)  # fmt: skip
+"""Fields of the config that must not change between the parts of one run."""
+
 _SAME_SCALING = 1e-6
 """Relative; a scaling rebuilt as alpha / rank may differ from the first one in its last bit."""
 
@@ -51,10 +57,13 @@ def check_model(state: Mapping[str, Any], layers: Sequence[GatedLayer]) -> None:
             "load the adapter weights of that run's checkpoint first."
         )
     live = sum(int(m.live.sum()) for m in layers)
-    if state["is_frozen"] and live != state["target_components"]:
+    frozen_at = state["target_components"]
+    if state["budget"] == "parameters" and state["history"]:
+        frozen_at = state["history"][-1]["budget"]  # how many fit is known only then
+    if state["is_frozen"] and live != frozen_at:
         raise ValueError(
             f"model holds {live} live components, the interrupted run was frozen at "
-            f"{state['target_components']}: load the adapter weights of that run's checkpoint first."
+            f"{frozen_at}: load the adapter weights of that run's checkpoint first."
         )
     if state["step"] and not any(bool(m.ema.any()) for m in layers):
         raise ValueError(

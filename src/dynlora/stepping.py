@@ -85,15 +85,30 @@ def is_inner_step(optimizer: Optimizer) -> bool:
     return wrappers == 2
 
 
-def after_closure(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
-    """A closure for ``step`` that does ``action`` each time it has computed the gradients."""
+def once_computed(args: Any, kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
+    """Do ``action`` when the gradients of the coming step are there: now, or after its closure.
+
+    Args:
+        args: of ``step``, the optimizer first.
+        kwargs: of ``step``.
+        action: done each time a closure has computed the gradients, once where there is none.
+
+    Returns:
+        What a pre-hook of torch returns: the arguments to use instead, or None.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        action()
+        return None
 
     def wrapped() -> Any:
         loss = closure()
         action()
         return loss
 
-    return wrapped
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": wrapped}
+    return (args[0], wrapped, *args[2:]), kwargs
 
 
 def loss_scale(optimizer: Any) -> Tensor | float | None:

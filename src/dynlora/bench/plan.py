@@ -12,6 +12,7 @@ def wanted_cells(suite: Suite, results: Mapping[str, Result]) -> list[Cell]:
 
     First the sweep; then, for each task and method whose sweep is complete, all seeds at the learning
     rate that the sweep chose. Seeds are the outer loop, so that a part of the cells compares already.
+    A cell that takes the ranks of another waits for it.
     """
     sweep = [
         Cell(task=task, method=method, learning_rate=rate, seed=seed)
@@ -28,7 +29,31 @@ def wanted_cells(suite: Suite, results: Mapping[str, Result]) -> list[Cell]:
         for (task, method), rate in chosen.items()
         if rate is not None
     ]
-    return list({cell.key: cell for cell in (*sweep, *final)}.values())
+    cells = {cell.key: cell for cell in (*sweep, *final)}
+    return [cell for cell in cells.values() if _has_ranks(suite, results, cell)]
+
+
+def source_of(suite: Suite, results: Mapping[str, Result], cell: Cell) -> Cell | None:
+    """The cell whose final ranks ``cell`` takes: of its method's ``ranks_of``, same task and seed.
+
+    Returns:
+        None where the method takes no ranks, or the learning rate of the other one is not chosen yet.
+    """
+    method = suite.methods[cell.method].get("ranks_of")
+    if method is None:
+        return None
+    rate = chosen_rate(suite, results, cell.task, method)
+    if rate is None:
+        return None
+    return Cell(task=cell.task, method=method, learning_rate=rate, seed=cell.seed)
+
+
+def _has_ranks(suite: Suite, results: Mapping[str, Result], cell: Cell) -> bool:
+    """Whether the ranks that ``cell`` is to take are there, or it takes none."""
+    if "ranks_of" not in suite.methods[cell.method]:
+        return True
+    source = source_of(suite, results, cell)
+    return source is not None and results.get(source.key, {}).get("status") == DONE
 
 
 def num_cells(suite: Suite, results: Mapping[str, Result]) -> int:

@@ -14,6 +14,7 @@ from dynlora.tasks.run import checked_data
 from dynlora.tasks.typed_fields import RecipeError, build, unknown_name
 
 OWN_FIELDS = ("recipe", "learning_rates", "report", "scale")  # of a task, beside its recipe's
+METHOD_FIELDS = ("rate_factor", "ranks_of")  # of a method, beside its recipe's
 RESERVED = "--"  # between the parts of a cell's name
 
 
@@ -47,7 +48,8 @@ class Suite:
             these fields are laid over, relative to the suite's), ``learning_rates``, ``report`` and
             ``scale``, which override the suite's.
         methods: method name to the recipe fields that make it (``method``, ``adapter``), beside
-            ``rate_factor``: its learning rates are the suite's times this.
+            ``rate_factor``: its learning rates are the suite's times this, and ``ranks_of``: a method
+            whose final ranks it takes as ``adapter.ranks``, task by task and seed by seed.
         learning_rates: the sweep, the same for every method.
         seeds: of the runs at the chosen learning rate.
         tune_seeds: of the sweep.
@@ -84,6 +86,10 @@ class Suite:
         for name in (*self.tasks, *self.methods):
             if RESERVED in name or "/" in name:
                 raise ValueError(f"name {name!r} must hold no {RESERVED!r} and no '/'; rename it.")
+        for method in self.methods.values():
+            if method.get("ranks_of") in self.methods or "ranks_of" not in method:
+                continue
+            raise ValueError(unknown_name("ranks_of", method["ranks_of"], self.methods))
         if self.baseline not in self.methods:
             raise ValueError(unknown_name("baseline", self.baseline, self.methods))
         if self.select in self.report:
@@ -102,15 +108,25 @@ class Suite:
         """Evaluation sets that are shown for a task."""
         return list(self.tasks[task].get("report", self.report))
 
-    def recipe(self, cell: Cell, output: Path) -> dict[str, Any]:
-        """Plain values of the recipe of a cell: defaults, then its task, then its method."""
+    def recipe(
+        self, cell: Cell, output: Path, *, ranks: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Plain values of the recipe of a cell: defaults, then its task, then its method.
+
+        Args:
+            cell: which.
+            output: folder of the run.
+            ranks: what its method's ``ranks_of`` ended with.
+        """
         task = {k: v for k, v in self.tasks[cell.task].items() if k not in OWN_FIELDS}
-        method = {k: v for k, v in self.methods[cell.method].items() if k != "rate_factor"}
+        method = {k: v for k, v in self.methods[cell.method].items() if k not in METHOD_FIELDS}
         own = {
             "seed": cell.seed,
             "output": str(output),
             "training": {"learning_rate": cell.learning_rate},
         }
+        if ranks is not None:
+            own["adapter"] = {"ranks": dict(ranks)}
         values: dict[str, Any] = {}
         for layer in (self.defaults, task, method, own):
             values = merged(values, layer)

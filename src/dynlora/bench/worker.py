@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dynlora.bench.cell import run_cell
 from dynlora.bench.ledger import MAX_DEATHS, Ledger
-from dynlora.bench.plan import wanted_cells
+from dynlora.bench.plan import source_of, wanted_cells
 from dynlora.bench.results import FAILED, WORK, Result, read_results, write_result
 from dynlora.bench.suite import Cell, Suite
 
@@ -31,7 +31,7 @@ _CELLS: ForkServerContext | SpawnContext = (
     if sys.platform == "linux"
     else multiprocessing.get_context("spawn")
 )
-_CELLS.set_forkserver_preload(["dynlora.bench.cell"])
+_CELLS.set_forkserver_preload(["dynlora_command", "dynlora.bench.cell"])  # the first hushes imports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +194,11 @@ def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) 
 
 
 def _write_spec(bench: Bench, cell: Cell, place: Path, target: Path) -> None:
+    results = read_results(bench.folder)
+    source = source_of(bench.suite, results, cell)
+    ranks = None if source is None else results[source.key]["ranks"]
     spec = {
-        "recipe": bench.suite.recipe(cell, place / "run"),
+        "recipe": bench.suite.recipe(cell, place / "run", ranks=ranks),
         "select": bench.suite.select,
         "report": bench.suite.reported(cell.task),
         "cell": vars(cell) | {"key": cell.key},

@@ -1,5 +1,8 @@
 """``lora`` and ``lora-svd``: PEFT's LoRA at the final rank, and one cut to it by SVD afterwards."""
 
+import difflib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 from dynlora.adapter.components import find_gated_layers
 from dynlora.adapter.fold import finalize_
+from dynlora.adapter.patterns import module_key
 from dynlora.adapter.warm_start import warm_start_
 from dynlora.allocation import select_components
 from dynlora.methods.adapted import Adapted, Target, trainable_beside
@@ -28,12 +32,16 @@ def shared_fields(options: AdapterOptions, target: Target) -> dict[str, Any]:
 
 
 def lora(options: AdapterOptions, target: Target) -> Adapted:
-    """PEFT's LoRA with every rank at the final budget, scaling lora_alpha / target_r.
+    """PEFT's LoRA with every rank at the final budget, or with ``ranks``; scaling lora_alpha / target_r.
 
     Raises:
-        ValueError: ``target_r`` is not a whole number.
+        ValueError: ``target_r`` is not a whole number, or ``ranks`` names what the model does not have.
     """
-    config = LoraConfig(r=whole_rank(options, "lora"), **shared_fields(options, target))
+    fields = shared_fields(options, target)
+    if options.ranks is None:
+        config = LoraConfig(r=whole_rank(options, "lora"), **fields)
+    else:
+        config = LoraConfig(**fields | _ranked_fields(options, options.ranks, target.model))
     model = get_peft_model(target.model, config)
     return Adapted(
         model=model,
@@ -108,6 +116,28 @@ def whole_rank(options: AdapterOptions, method: str) -> int:
             "has the same rank."
         )
     return int(options.target_r)
+
+
+def _ranked_fields(
+    options: AdapterOptions, ranks: Mapping[str, int], model: nn.Module
+) -> dict[str, Any]:
+    """Fields of a LoraConfig with one rank a module, and the scaling of a LoRA of rank target_r in all."""
+    known = {name for name, _ in model.named_modules()}
+    for name, rank in ranks.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1) or sorted(known)[-1:]
+            raise ValueError(
+                f"adapter.ranks names {name!r}, which the model does not have; it has {nearest[0]!r}."
+            )
+        if rank < 0:
+            raise ValueError(f"adapter.ranks={{{name!r}: {rank}}} must hold ranks of at least 0.")
+    alive = {name: rank for name, rank in ranks.items() if rank > 0}
+    scaling = options.lora_alpha / options.target_r
+    return {
+        "target_modules": "|".join(re.escape(name) for name in alive),
+        "rank_pattern": {module_key(name): rank for name, rank in alive.items()},
+        "alpha_pattern": {module_key(name): scaling * rank for name, rank in alive.items()},
+    }
 
 
 def _joined(excluded: list[str] | None, target: Target) -> list[str] | None:

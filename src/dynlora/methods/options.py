@@ -27,6 +27,8 @@ class AdapterOptions:
         compact: whether dead components leave the model at the freeze.
         init_std: standard deviation of A and B; None is the Kaiming init that ``init`` names.
         init, importance, schedule, budget, forget_pruned: of ``dynlora``; see DynLoraConfig.
+        ranks: of ``lora``: rank by module name, such as a finished run's ``run.json`` holds; modules of
+            rank 0 are not adapted; instead of ``target_r`` everywhere.
         bottleneck: width of ``houlsby`` and ``pfeiffer``; None: as wide as the budget allows.
     """
 
@@ -49,6 +51,7 @@ class AdapterOptions:
     schedule: Schedule = "slow-fast"
     budget: Budget = "components"
     forget_pruned: bool = False
+    ranks: dict[str, int] | None = None
     bottleneck: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +73,10 @@ class AdapterOptions:
             raise ValueError(
                 f"prune_start={self.prune_start}, prune_end={self.prune_end} must satisfy "
                 "0 <= prune_start < prune_end <= 1: shares of the run."
+            )
+        if self.ranks is not None and not any(rank > 0 for rank in self.ranks.values()):
+            raise ValueError(
+                "ranks must hold a rank above 0; leave it out for target_r everywhere."
             )
         if self.bottleneck is not None and self.bottleneck < 1:
             raise ValueError(f"bottleneck={self.bottleneck} must be at least 1.")
