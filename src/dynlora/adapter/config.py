@@ -130,8 +130,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         ValueError: a rule above is broken, ``r`` is given, or a LoRA variant is asked for that has no
             gated form.
 
-    >>> DynLoraConfig(target_r=4).init_r
-    6
+    Examples:
+        >>> DynLoraConfig(target_r=4).init_r
+        6
     """
 
     r: int = field(default=None, metadata={"help": "Not given: dynlora starts at init_r."})  # type: ignore[assignment]  # filled in __post_init__
