@@ -50,7 +50,7 @@ fmt: .venv/dev.stamp
 	touch $@
 
 docs: .venv/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 peft-suite: .venv/dev.stamp
 	$(BIN)/python scripts/peft_suite.py
