@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow test-zero check fmt coverage mutants hooks peft-suite bench ci
+.PHONY: setup demo test test-slow test-zero check fmt coverage hooks docs peft-suite bench ci
 
 setup: .venv/dev.stamp
 
@@ -52,6 +52,13 @@ hooks: .venv/dev.stamp
 fmt: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+.venv/docs.stamp: .venv/cli.stamp
+	$(PIP) -e ".[docs]"
+	touch $@
+
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 peft-suite: .venv/dev.stamp
 	$(BIN)/python scripts/peft_suite.py

@@ -12,7 +12,6 @@ from peft.utils.peft_types import PeftType
 from dynlora.adapter.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
 from dynlora.allocation.schedule import Schedule
 
-_DEFAULT_TARGET_R = 8
 _EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
 
 Importance = Literal["share", "norm", "gate", "sensitivity"]
@@ -131,8 +130,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         ValueError: a rule above is broken, ``r`` is given, or a LoRA variant is asked for that has no
             gated form.
 
-    >>> DynLoraConfig(target_r=4).init_r
-    6
+    Examples:
+        >>> DynLoraConfig(target_r=4).init_r
+        6
     """
 
     r: int = field(default=None, metadata={"help": "Not given: dynlora starts at init_r."})  # type: ignore[assignment]  # filled in __post_init__
@@ -141,7 +141,7 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         metadata={"help": "Components per module at the start; default ceil(1.5 * target_r)."},
     )
     target_r: float = field(
-        default=_DEFAULT_TARGET_R,
+        default=8,
         metadata={"help": "Mean live components per module at the end."},
     )
     prune_start: float = field(

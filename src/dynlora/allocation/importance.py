@@ -26,9 +26,10 @@ def component_norms(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
     Returns:
         (..., rank), never negative.
 
-    >>> a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]])
-    >>> component_norms(a @ a.T, b.T @ b, torch.tensor([-0.5]))
-    tensor([5.])
+    Examples:
+        >>> a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]])
+        >>> component_norms(a @ a.T, b.T @ b, torch.tensor([-0.5]))
+        tensor([5.])
     """
     squared = gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)
     return c.abs() * squared.sqrt()
@@ -47,9 +48,10 @@ def update_norm(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
     Returns:
         (...,), never negative; rounding below zero is cut off where components cancel.
 
-    >>> eye = torch.eye(2)
-    >>> update_norm(eye, eye, torch.tensor([3.0, 4.0]))
-    tensor(5.)
+    Examples:
+        >>> eye = torch.eye(2)
+        >>> update_norm(eye, eye, torch.tensor([3.0, 4.0]))
+        tensor(5.)
     """
     squared = (c.unsqueeze(-1) * c.unsqueeze(-2) * gram_a * gram_b).sum((-2, -1))
     return squared.clamp_min(0).sqrt()
@@ -69,9 +71,10 @@ def component_importance(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
     Returns:
         (..., rank), never negative; may exceed 1 where components cancel each other.
 
-    >>> eye = torch.eye(2)
-    >>> component_importance(eye, eye, torch.tensor([3.0, 4.0]))
-    tensor([0.6000, 0.8000])
+    Examples:
+        >>> eye = torch.eye(2)
+        >>> component_importance(eye, eye, torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
     """
     whole = update_norm(gram_a, gram_b, c).unsqueeze(-1)
     return component_norms(gram_a, gram_b, c) / (whole + IMPORTANCE_EPS)
@@ -89,8 +92,9 @@ def component_sensitivity(c: Tensor, gradient: Tensor) -> Tensor:
         c: gates, (..., rank).
         gradient: ∂L/∂c, (..., rank).
 
-    >>> component_sensitivity(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
-    tensor([1., 3.])
+    Examples:
+        >>> component_sensitivity(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
+        tensor([1., 3.])
     """
     return (c * gradient).abs()
 
@@ -107,10 +111,11 @@ def smooth_importance_(
         importance: the step's importance, the same shapes.
         beta: weight of the past, in [0, 1).
 
-    >>> ema = [torch.zeros(2)]
-    >>> smooth_importance_(ema, [torch.tensor([1.0, 2.0])], beta=0.9)
-    >>> ema
-    [tensor([0.1000, 0.2000])]
+    Examples:
+        >>> ema = [torch.zeros(2)]
+        >>> smooth_importance_(ema, [torch.tensor([1.0, 2.0])], beta=0.9)
+        >>> ema
+        [tensor([0.1000, 0.2000])]
     """
     if smoothed:
         torch._foreach_mul_(list(smoothed), beta)

@@ -24,8 +24,9 @@ def dem_penalty(vectors: Iterable[Tensor], num_components: int) -> Tensor:
     Returns:
         A scalar with gradient; a vector of one entry has variance 0.
 
-    >>> dem_penalty([torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 2.0, 2.0]])], 1)
-    tensor(2.)
+    Examples:
+        >>> dem_penalty([torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 2.0, 2.0]])], 1)
+        tensor(2.)
     """
     terms = [rows.var(dim=1).sum() for rows in vectors if rows.shape[1] > 1]
     if not terms:
@@ -55,10 +56,11 @@ def add_dem_gradients_(
         factor: η/n.
         grad_scale: what the gradients are multiplied by, a scalar on their device; None for 1.
 
-    >>> grad = torch.zeros(1, 3)
-    >>> add_dem_gradients_([grad], [torch.tensor([[1.0, 2.0, 6.0]])], rank_dim=0, factor=0.5)
-    >>> grad
-    tensor([[-1.0000, -0.5000,  1.5000]])
+    Examples:
+        >>> grad = torch.zeros(1, 3)
+        >>> add_dem_gradients_([grad], [torch.tensor([[1.0, 2.0, 6.0]])], rank_dim=0, factor=0.5)
+        >>> grad
+        tensor([[-1.0000, -0.5000,  1.5000]])
     """
     shape = weights[0].shape
     length = weights[0].numel() // max(shape[rank_dim], 1)

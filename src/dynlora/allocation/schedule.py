@@ -26,10 +26,11 @@ def pruning_window(total_steps: int, *, prune_start: float, prune_end: float) ->
     Raises:
         ValueError: ``total_steps`` is smaller than 1.
 
-    >>> pruning_window(1000, prune_start=0.15, prune_end=0.5)
-    (150, 500)
-    >>> pruning_window(3, prune_start=0.15, prune_end=0.5)
-    (0, 1)
+    Examples:
+        >>> pruning_window(1000, prune_start=0.15, prune_end=0.5)
+        (150, 500)
+        >>> pruning_window(3, prune_start=0.15, prune_end=0.5)
+        (0, 1)
     """
     if total_steps < 1:
         raise ValueError(
@@ -60,11 +61,12 @@ def budget_at(
         stop: t₁ > t₀, first step with the final budget.
         schedule: which of the two.
 
-    >>> [budget_at(t, total=36, target=24, start=30, stop=100) for t in (0, 30, 65, 90, 99, 100, 200)]
-    [36, 36, 35, 29, 25, 24, 24]
-    >>> plan = {"total": 36, "target": 24, "start": 30, "stop": 100, "schedule": "fast-slow"}
-    >>> [budget_at(t, **plan) for t in (0, 30, 40, 65, 99, 100, 200)]
-    [36, 36, 32, 26, 25, 24, 24]
+    Examples:
+        >>> [budget_at(t, total=36, target=24, start=30, stop=100) for t in (0, 30, 65, 90, 99, 100, 200)]
+        [36, 36, 35, 29, 25, 24, 24]
+        >>> plan = {"total": 36, "target": 24, "start": 30, "stop": 100, "schedule": "fast-slow"}
+        >>> [budget_at(t, **plan) for t in (0, 30, 40, 65, 99, 100, 200)]
+        [36, 36, 32, 26, 25, 24, 24]
     """
     length = stop - start
     done = min(max(step - start, 0), length)
@@ -85,8 +87,9 @@ def prune_plan(
 ) -> list[tuple[int, int]]:
     """Every pruning of a run as (step, components that may be alive from then on).
 
-    >>> prune_plan(total=36, target=24, start=30, stop=60, interval=20)
-    [(50, 33), (60, 24)]
+    Examples:
+        >>> prune_plan(total=36, target=24, start=30, stop=60, interval=20)
+        [(50, 33), (60, 24)]
     """
     plan: dict[str, Any] = {"total": total, "target": target, "start": start, "stop": stop}
     return [
@@ -101,7 +104,8 @@ def is_prune_step(step: int, *, start: int, stop: int, interval: int) -> bool:
 
     They are every ``interval`` steps inside the window, and always at its end.
 
-    >>> [t for t in range(40) if is_prune_step(t, start=10, stop=35, interval=10)]
-    [20, 30, 35]
+    Examples:
+        >>> [t for t in range(40) if is_prune_step(t, start=10, stop=35, interval=10)]
+        [20, 30, 35]
     """
     return start < step <= stop and ((step - start) % interval == 0 or step == stop)

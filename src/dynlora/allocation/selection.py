@@ -20,8 +20,9 @@ def select_components(scores: Tensor, budget: int) -> Tensor:
     Raises:
         ValueError: ``budget`` lies outside 0..components, or a score is NaN or infinite.
 
-    >>> select_components(torch.tensor([0.2, 0.9, 0.5, 0.5]), 2)
-    tensor([False,  True,  True, False])
+    Examples:
+        >>> select_components(torch.tensor([0.2, 0.9, 0.5, 0.5]), 2)
+        tensor([False,  True,  True, False])
     """
     if not 0 <= budget <= scores.numel():
         raise ValueError(
@@ -53,9 +54,10 @@ def select_within(scores: Tensor, sizes: Tensor, budget: int) -> Tensor:
     Raises:
         ValueError: ``budget`` is negative, or a score is NaN or infinite.
 
-    >>> scores, sizes = torch.tensor([0.9, 0.8, 0.5]), torch.tensor([9, 4, 3])
-    >>> select_within(scores, sizes, 12)
-    tensor([False,  True,  True])
+    Examples:
+        >>> scores, sizes = torch.tensor([0.9, 0.8, 0.5]), torch.tensor([9, 4, 3])
+        >>> select_within(scores, sizes, 12)
+        tensor([False,  True,  True])
     """
     if budget < 0:
         raise ValueError(f"budget={budget} must be 0 or more, numbers in the whole adapter.")

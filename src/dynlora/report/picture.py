@@ -25,8 +25,9 @@ def rank_image(ranks: Mapping[str, int]) -> NDArray[np.uint8]:
         (height, width, 3); modules outside of any layer list are one row at the end, and white is where
         a layer has no such module. Colours are shares of the largest rank.
 
-    >>> rank_image({"layers.0.up": 2, "layers.1.up": 0}).shape
-    (16, 32, 3)
+    Examples:
+        >>> rank_image({"layers.0.up": 2, "layers.1.up": 0}).shape
+        (16, 32, 3)
     """
     stacks, others = group_by_stack(ranks)
     rows = [
