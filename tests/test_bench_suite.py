@@ -66,6 +66,10 @@ def test_a_task_may_start_from_a_recipe_file(tmp_path):
         ({"baseline": "lola"}, "unknown baseline 'lola'; did you mean 'lora'"),
         ({"seeds": []}, "seeds is empty"),
         (
+            {"methods": {"lora": {"method": "lora", "learning_rates": [0.1, 0.2]}}},
+            "methods.lora.learning_rates=.* must hold 1 rates",
+        ),
+        (
             {"methods": {"lora": {"method": "lora", "ranks_of": "dynlra"}}},
             "unknown ranks_of 'dynlra'",
         ),
@@ -176,3 +180,15 @@ def test_the_papers_rates_lie_inside_the_sweep_of_their_task():
                 factor = next(iter(suite.methods.values())).get("rate_factor", 1)
                 assert min(rates) < theirs * factor < max(rates)
                 assert any(r == pytest.approx(theirs * factor, rel=1e-3) for r in rates)
+
+
+def test_a_method_may_be_tuned_over_rates_of_its_own():
+    methods = {
+        "lora": {"method": "lora"},
+        "full": {"method": "full", "learning_rates": [2e-5, 1e-5]},
+    }
+    suite = small_suite(methods=methods)
+    assert suite.rates("a", "full") == [1e-5, 2e-5]
+    assert suite.rates("a", "lora") == [0.001, 0.01]
+    cell = Cell(task="a", method="full", learning_rate=1e-5, seed=0)
+    assert "learning_rates" not in suite.recipe(cell, Path("out"))

@@ -101,4 +101,5 @@ def _check_unchanged(folder: Path, old: Suite, new: Suite) -> None:
 
 
 def _recipe_part(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in entry.items() if k not in ("learning_rates", "report", "scale")}
+    free = ("learning_rates", "rate_factor", "report", "scale")
+    return {k: v for k, v in entry.items() if k not in free}

@@ -14,7 +14,7 @@ from dynlora.tasks.run import checked_data
 from dynlora.tasks.typed_fields import RecipeError, build, unknown_name
 
 OWN_FIELDS = ("recipe", "learning_rates", "report", "scale")  # of a task, beside its recipe's
-METHOD_FIELDS = ("rate_factor", "ranks_of")  # of a method, beside its recipe's
+METHOD_FIELDS = ("rate_factor", "learning_rates", "ranks_of")  # of a method, beside its recipe's
 RESERVED = "--"  # between the parts of a cell's name
 
 
@@ -48,8 +48,9 @@ class Suite:
             these fields are laid over, relative to the suite's), ``learning_rates``, ``report`` and
             ``scale``, which override the suite's.
         methods: method name to the recipe fields that make it (``method``, ``adapter``), beside
-            ``rate_factor``: its learning rates are the suite's times this, and ``ranks_of``: a method
-            whose final ranks it takes as ``adapter.ranks``, task by task and seed by seed.
+            ``rate_factor``: its learning rates are the suite's times this, ``learning_rates``: its own
+            ones, as many as the suite's, and ``ranks_of``: a method whose final ranks it takes as
+            ``adapter.ranks``, task by task and seed by seed.
         learning_rates: the sweep, the same for every method.
         seeds: of the runs at the chosen learning rate.
         tune_seeds: of the sweep.
@@ -86,7 +87,13 @@ class Suite:
         for name in (*self.tasks, *self.methods):
             if RESERVED in name or "/" in name:
                 raise ValueError(f"name {name!r} must hold no {RESERVED!r} and no '/'; rename it.")
-        for method in self.methods.values():
+        for name, method in self.methods.items():
+            own = method.get("learning_rates", self.learning_rates)
+            if len(own) != len(self.learning_rates):
+                raise ValueError(
+                    f"methods.{name}.learning_rates={own} must hold {len(self.learning_rates)} rates, as "
+                    "many as the suite's: no method may be tuned more than another."
+                )
             if method.get("ranks_of") in self.methods or "ranks_of" not in method:
                 continue
             raise ValueError(unknown_name("ranks_of", method["ranks_of"], self.methods))
@@ -102,6 +109,7 @@ class Suite:
         """The sweep of a method on a task, ascending."""
         factor = self.methods[method].get("rate_factor", 1.0)
         rates = self.tasks[task].get("learning_rates", self.learning_rates)
+        rates = self.methods[method].get("learning_rates", rates)
         return sorted(float(f"{factor * rate:.6g}") for rate in rates)
 
     def reported(self, task: str) -> list[str]:
