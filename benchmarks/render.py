@@ -120,7 +120,7 @@ def whole_run(result: dict[str, Any]) -> str:
         "arm",
         "run",
         "÷ PEFT LoRA at target rank",
-        "peak of process",
+        "peak above imports",
         "weights + gradients + optimizer, start",
         "end",
         "saved",
