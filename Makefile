@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow test-zero check fmt coverage hooks docs peft-suite bench ci
+.PHONY: setup demo test test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench ci
 
 setup: .venv/dev.stamp
 
@@ -45,6 +45,9 @@ check: .venv/dev.stamp
 
 coverage: .venv/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=95
+
+mutants: .venv/dev.stamp
+	$(PIP) mutmut && HF_HUB_OFFLINE=1 $(BIN)/mutmut run
 
 hooks: .venv/dev.stamp
 	$(BIN)/pre-commit install

@@ -130,11 +130,8 @@ def _one_arm(name: str, device: str, threads: str) -> None:
     for batch in data()[:3]:
         arm.step(batch)
         arm.optimizer.zero_grad()
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = _highest_resident_bytes() - idle
-    print(json.dumps(peak))
+    on_gpu = device == "cuda"
+    print(torch.cuda.max_memory_allocated() if on_gpu else _highest_resident_bytes() - idle)
 
 
 def _highest_resident_bytes() -> int:

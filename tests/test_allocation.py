@@ -12,6 +12,7 @@ from dynlora import allocation
 
 SCORES = st.lists(st.integers(0, 9).map(float), min_size=1, max_size=24)  # ties are likely
 SIZES = st.integers(1, 5)
+SCHEDULES = ["slow-fast", "fast-slow"]
 
 
 def grams(a, b):
@@ -62,6 +63,11 @@ def test_importance_does_not_change_when_all_gates_are_scaled(rank, seed, factor
     before = allocation.component_importance(*grams(a, b), c)
     after = allocation.component_importance(*grams(a, b), c * factor)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+def test_importance_of_a_tiny_update_is_damped_not_blown_up():
+    shares = allocation.component_importance(torch.eye(1), torch.eye(1), torch.tensor([1e-8]))
+    torch.testing.assert_close(shares, torch.tensor([0.5]))  # 1e-8 / (1e-8 + 1e-8)
 
 
 def test_importance_of_many_modules_at_once_equals_one_by_one():
@@ -138,6 +144,19 @@ def test_window_needs_a_step():
         allocation.pruning_window(0, prune_start=0.15, prune_end=0.5)
 
 
+def test_a_window_that_starts_at_the_end_leaves_one_step():
+    assert allocation.pruning_window(10, prune_start=1 - 1e-12, prune_end=1.0) == (9, 10)
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 9), st.sampled_from(SCHEDULES))
+def test_the_plan_is_every_prune_step_with_its_budget(start, length, interval, schedule):
+    stop = start + length
+    arguments = {"total": 30, "target": 12, "start": start, "stop": stop, "schedule": schedule}
+    steps = sorted({*range(start + interval, stop, interval), stop})
+    expected = [(t, allocation.budget_at(t, **arguments)) for t in steps]
+    assert allocation.prune_plan(**arguments, interval=interval) == expected
+
+
 def test_an_interval_larger_than_the_window_still_prunes_at_its_end():
     events = [t for t in range(100) if allocation.is_prune_step(t, start=15, stop=50, interval=99)]
     assert events == [50]
@@ -186,6 +205,12 @@ def test_dem_by_hand():
     torch.testing.assert_close(allocation.dem_penalty([a, b.T], 2), torch.tensor(4.5))
 
 
+def test_dem_of_a_single_module_is_its_own():
+    torch.testing.assert_close(
+        allocation.dem_penalty([torch.tensor([[1.0, 3.0]])], 2), torch.tensor(1.0)
+    )
+
+
 def test_dem_of_vectors_with_one_entry_is_zero():
     assert allocation.dem_penalty([torch.tensor([[5.0]])], 1).item() == 0.0
     grad = torch.zeros(1, 1)
@@ -193,14 +218,21 @@ def test_dem_of_vectors_with_one_entry_is_zero():
     assert grad.item() == 0.0
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("grad_scale", [None, 8.0])
 @pytest.mark.parametrize(
-    ("shape", "rank_dim"), [((3, 5), 0), ((5, 3), 1), ((3, 2, 4, 4), 0), ((5, 3, 1, 1), 1)]
+    ("shape", "rank_dim"),
+    [((3, 5), 0), ((1, 5), 0), ((3, 2), 0), ((5, 3), 1), ((3, 2, 4, 4), 0), ((5, 3, 1, 1), 1)],
 )
-def test_dem_gradient_equals_autograd(shape, rank_dim):
+def test_dem_gradient_equals_autograd(shape, rank_dim, grad_scale, count):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    rows = weight.transpose(0, rank_dim).flatten(1)
-    (0.7 * rows.var(dim=1).sum()).backward()
-    grad = torch.ones(shape, dtype=torch.float64)
-    allocation.add_dem_gradients_([grad], [weight.detach()], rank_dim=rank_dim, factor=0.7)
-    torch.testing.assert_close(grad, 1 + weight.grad, rtol=1e-12, atol=1e-12)
+    drawn = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    weights = [w.requires_grad_() for w in drawn]
+    rows = torch.cat([w.transpose(0, rank_dim).flatten(1) for w in weights])
+    expected = torch.autograd.grad(0.7 * (grad_scale or 1) * rows.var(dim=1).sum(), weights)
+    grads = [torch.ones(shape, dtype=torch.float64) for _ in weights]
+    allocation.add_dem_gradients_(
+        grads, [w.detach() for w in weights], rank_dim=rank_dim, factor=0.7, grad_scale=grad_scale
+    )
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, 1 + wanted, rtol=1e-12, atol=1e-12)

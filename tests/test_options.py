@@ -106,6 +106,24 @@ def test_what_is_kept_fits_and_nothing_left_out_would(rows, budget):
     assert left_out.numel() == 0 or int(left_out.min()) > budget - spent
 
 
+def test_what_is_worth_less_than_nothing_is_never_kept():
+    scores, sizes = torch.tensor([1.0, -1.0]), torch.tensor([2, 1])
+    assert allocation.select_within(scores, sizes, 99).tolist() == [True, False]
+
+
+def test_of_no_components_none_is_kept():
+    kept = allocation.select_within(torch.zeros(0), torch.zeros(0, dtype=torch.long), 5)
+    assert kept.tolist() == []
+
+
+def test_equal_components_stay_in_their_order():
+    count = 5000  # an unstable sort shows only on many
+    first = [True] * 2000 + [False] * 3000
+    ones = torch.ones(count)
+    assert allocation.select_within(ones, torch.full((count,), 3), 6000).tolist() == first
+    assert allocation.select_components(ones, 2000).tolist() == first
+
+
 def test_equal_sizes_make_both_budgets_one():
     scores = torch.rand(50, generator=torch.Generator().manual_seed(0))
     kept = allocation.select_within(scores, torch.full((50,), 7), 7 * 20)
