@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import set_seed
 
@@ -14,7 +14,7 @@ from dynlora import DynLoraConfig, RankAllocator, allocation
 from dynlora.adapter.components import find_gated_layers
 from dynlora.measures import component_sizes
 from dynlora.moments import forget_pruned_
-from small_net import adapted, attached, train
+from small_net import adapted, attached, small_net, train
 
 
 def dense_norms(model):
@@ -185,7 +185,25 @@ def test_select_within_refuses_what_cannot_be_ranked_or_spent():
 # -- initial values --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("init", "variance"), [("kaiming", 2.0), ("lora", 1 / 3)])
+def test_the_init_of_lora_takes_the_first_step_of_lora():
+    dynamic = adapted(init="lora", init_r=4, target_r=4, lora_alpha=4)
+    plain = get_peft_model(
+        small_net(), LoraConfig(r=4, lora_alpha=4, target_modules=["0", "1", "2"])
+    )
+    trained = {n: p for n, p in dynamic.named_parameters() if p.requires_grad}
+    gates = [p for n, p in trained.items() if n.endswith(".c")]
+    factors = {n: p for n, p in trained.items() if not n.endswith(".c")}
+    assert len(gates) == 3
+    assert all(bool((gate == 1).all()) for gate in gates)
+    plain.load_state_dict(factors, strict=False)
+    losses = [train(m, torch.optim.SGD(m.parameters(), 0.1), 1) for m in (dynamic, plain)]
+    assert losses[0] == losses[1]
+    for name, value in plain.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value, factors[name])
+
+
+@pytest.mark.parametrize(("init", "variance"), [("kaiming", 2.0), ("kaiming-lora", 1 / 3)])
 def test_the_init_sets_the_variance_of_both_factors(init, variance):
     model = adapted(init_r=256, init=init)
     for gated in find_gated_layers(model, "default"):
@@ -261,7 +279,7 @@ def test_a_preset_survives_its_round_trip(tmp_path):
     [
         ("importance", "'share', 'norm', 'gate', 'sensitivity'"),
         ("schedule", "'slow-fast', 'fast-slow'"),
-        ("init", "'kaiming', 'lora'"),
+        ("init", "'kaiming', 'kaiming-lora', 'lora'"),
         ("budget", "'components', 'parameters'"),
         ("preset", "'paper', None"),
     ],

@@ -15,7 +15,7 @@ from dynlora.allocation.schedule import Schedule
 _EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
 
 Importance = Literal["share", "norm", "gate", "sensitivity"]
-Init = Literal["kaiming", "lora"]
+Init = Literal["kaiming", "kaiming-lora", "lora"]
 Budget = Literal["components", "parameters"]
 
 _CHOICES: dict[str, Any] = {
@@ -107,10 +107,11 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         total_steps: optimizer steps of the run; needed only where neither the Trainer nor the call
             of RankAllocator says it.
         init_std: None draws A and B as the official code does (Kaiming uniform, a = 0); a number
-            draws both from N(0, init_std²). The gate c starts at 0 either way.
+            draws both from N(0, init_std²). The gate c starts at 0 in both cases.
         init: where init_std is None: ``kaiming`` is the official code's (a = 0: B's elements have the
-            variance 2 / init_r, hundreds of times A's); ``lora`` is LoRA's own Kaiming (a = √5) for
-            both, a sixth of that variance.
+            variance 2 / init_r, hundreds of times A's); ``kaiming-lora`` is LoRA's Kaiming (a = √5) for
+            both, a sixth of that variance; ``lora`` starts as LoRA does, A by its Kaiming and B = 0,
+            with gates of 1, and trains at LoRA's learning rates.
         importance: what components are ranked by. ``share``: Eq. 7, their share of their module's
             update. ``norm``: the norm of their own update, so that modules that change more keep more.
             ``gate``: abs(c) alone. ``sensitivity``: abs(c · ∂L/∂c), what the loss would lose.
@@ -171,9 +172,7 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     init_std: float | None = field(
         default=None, metadata={"help": "Draw A and B from N(0, init_std^2); None: Kaiming."}
     )
-    init: Init = field(
-        default="kaiming", metadata={"help": "Kaiming init of the paper's code, or LoRA's."}
-    )
+    init: Init = field(default="kaiming", metadata={"help": "How A, B and the gates start."})
     importance: Importance = field(
         default="share", metadata={"help": "What components are ranked by."}
     )

@@ -210,9 +210,9 @@ def attach_gate_(
     Args:
         layer: a LoRA layer that holds ``adapter``.
         adapter: name of the adapter.
-        identity: True starts at ΔW = 0 (c = 0); False keeps PEFT's random A and B and c = 1.
+        identity: True starts at ΔW = 0 (c = 0, or B = 0); False keeps PEFT's random A and B and c = 1.
         init_std: None for a Kaiming initialisation, else the standard deviation.
-        init: which Kaiming: ``kaiming`` is the official code's, ``lora`` is LoRA's.
+        init: where that is None: ``kaiming``, ``kaiming-lora`` or ``lora``, as DynLoraConfig says.
         fused: whether a plain Linear may use the fused path where it applies.
 
     Returns:
@@ -257,9 +257,12 @@ def _draw_(
         return
     for factor in (a, b):
         if init_std is None:
-            nn.init.kaiming_uniform_(factor, a=5**0.5 if init == "lora" else 0)
+            nn.init.kaiming_uniform_(factor, a=0 if init == "kaiming" else 5**0.5)
         else:
             nn.init.normal_(factor, std=init_std)
+    if init_std is None and init == "lora":
+        b.zero_()
+        gate.fill_(1.0)
 
 
 def drop_(layer: Any, adapter: str) -> None:
