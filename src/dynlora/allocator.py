@@ -232,8 +232,6 @@ class RankAllocator:
             "modules": {m.name: None if m.is_dropped else m.scaling for m in self.layers},
         }
 
-    # -- before the step: DEM -------------------------------------------------------------------
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Check the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
@@ -250,8 +248,6 @@ class RankAllocator:
         add_dem_gradients_(
             self.layers, factor=self.config.dem_weight / self.num_components, grad_scale=scale
         )
-
-    # -- after the step: score, schedule, prune --------------------------------------------------
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -288,8 +284,9 @@ class RankAllocator:
         if not self.config.revival:
             alive = torch.cat([m.live for m in self.layers])
             scores = torch.where(alive, scores, scores.new_tensor(-1.0))
-        names, emas = [m.name for m in self.layers], [m.ema for m in self.layers]
-        check_importance(names, emas, step=self.step)
+        check_importance(
+            [m.name for m in self.layers], [m.ema for m in self.layers], step=self.step
+        )
         if self.config.budget == "parameters":
             keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
         else:
@@ -335,9 +332,8 @@ class RankAllocator:
         self.is_frozen = True
         self._copies.mask_like_(self.layers)
         ddp = self._finder.ddp
-        if not self.config.compact or (world_size() > 1 and not (ddp and can_rebuild(ddp))):
-            return
-        if any(m.is_sharded for m in self.layers):
+        can_shrink = self.config.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
+        if not can_shrink or any(m.is_sharded for m in self.layers):
             return
         try:
             compact_(self.layers, self.optimizer)
