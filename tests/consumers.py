@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 PREFIX = "base_model.model."
@@ -104,7 +105,14 @@ def lorax(folder):
 
 
 def llama_cpp(folder):
-    """The converter keeps one alpha, the runtime divides it by each tensor's rank; alpha 0 means 1."""
+    """The converter keeps one alpha, the runtime divides it by each tensor's rank; alpha 0 means 1.
+
+    It ends at a tensor that is neither A nor B, norms excepted.
+    """
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # no mapping
+            if not any(part in key for part in (".lora_A.weight", ".lora_B.weight", "norm")):
+                raise RefusedError(key)
     alpha = config_of(folder)["lora_alpha"]
     return {
         name: b @ a * (alpha / b.shape[1] if alpha else 1.0)

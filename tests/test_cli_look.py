@@ -54,7 +54,17 @@ def test_export_writes_verifies_and_speaks_json(native, tmp_path):
     told = json.loads(ran.stdout)
     assert told["max_rank"] == 8
     assert told["max_difference"] <= 1e-5
-    assert invoke("inspect", tmp_path / "u").exit_code == 0
+    seen = invoke("inspect", tmp_path / "u")
+    assert seen.exit_code == 0
+    assert "8 in every module" in seen.stdout
+    assert "of 8 at most" in seen.stdout  # a plain LoRA tells nothing of a start
+
+
+@pytest.mark.parametrize("form", ["ragged", "uniform"])
+def test_export_says_who_serves_what_it_wrote(native, tmp_path, form):
+    ran = invoke("export", native, "--to", form, "--output", tmp_path / "out")
+    served = next(line for line in ran.stdout.splitlines() if line.startswith("Served by PEFT"))
+    assert ("llama.cpp" in served) == (form == "uniform")
 
 
 def test_export_that_differs_is_exit_code_1(native, tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import consumers
+from dynlora.adapter.components import find_gated_layers
 from dynlora.export import export_adapter
 from dynlora.report.adapter_file import effective_rank, inspect_adapter
-from tiny_models import adapted, tiny_llama, train
+from tiny_models import adapted, tiny_bert, tiny_llama, train
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,22 @@ def test_exports_tell_who_reads_them(native, tmp_path, form, readers):
     if form == "ragged":
         assert facts.ranks == dict(sorted(allocator.ranks().items()))
         assert "dynlora export --to uniform" in facts.note
+
+
+@pytest.mark.parametrize("form", ["ragged", "uniform"])
+def test_a_trained_head_is_not_said_to_be_served_where_it_is_refused(tmp_path, form):
+    model = adapted(tiny_bert, task_type="SEQ_CLS")
+    for gated in find_gated_layers(model, "default"):
+        torch.nn.init.ones_(gated.gate)
+    model.save_pretrained(tmp_path / "native")
+    export_adapter(tmp_path / "native", tmp_path / form, to=form)
+    for refuses in (consumers.vllm, consumers.llama_cpp):
+        with pytest.raises(consumers.RefusedError):
+            refuses(tmp_path / form)
+    facts = inspect_adapter(tmp_path / form)
+    assert facts.served_by == ["PEFT", "transformers"]
+    assert facts.heads == 2  # weight and bias of the classifier
+    assert "--to merged" in facts.note
 
 
 def test_a_lora_from_elsewhere_tells_what_a_budget_could_save(tmp_path):

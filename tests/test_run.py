@@ -99,6 +99,9 @@ def test_the_model_card_tells_how_to_load_what_was_measured(method, recipe):
     names = {}
     exec(code.replace("this-folder", str(chosen.output)), names)  # noqa: S102 (it is our own card)
     assert isinstance(names["model"], PeftModel)
+    classes = result.trainer.model.config.id2label
+    assert names["base"].config.id2label == classes
+    assert set(classes.values()).isdisjoint({"LABEL_0", "LABEL_1"})
     batch = {"input_ids": torch.tensor([[2, 4, 9, 3]])}
     with torch.no_grad():
         expected = result.trainer.model.eval()(**batch).logits
@@ -112,7 +115,8 @@ def test_the_card_of_an_offline_model_names_its_hub_copy_and_loads_it_offline(re
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     code = text.split("```python\n")[1].split("```")[0]
-    assert 'from_pretrained(offline_model("all-MiniLM-L6-v2"), num_labels=2)' in code
+    assert 'from_pretrained(offline_model("all-MiniLM-L6-v2"), num_labels=' in code
+    assert len(metadata["tags"]) == len(set(metadata["tags"]))
     compile(code, "card", "exec")
 
 

@@ -48,6 +48,7 @@ def export(
 
     from dynlora.cli.terminal import quiet_libraries
     from dynlora.export import export_adapter
+    from dynlora.report.adapter_file import inspect_adapter
 
     if pad_to != "auto" and not pad_to.isdigit():
         raise ValueError(f"--pad-to {pad_to!r} must be a rank such as 8, 16, 32, 64, or 'auto'.")
@@ -76,6 +77,9 @@ def export(
                 f"Against the source: max |Δ outputs| {done.max_difference:.2g}, of outputs up to "
                 f"{done.max_output:.3g}"
             )
+        if to != "merged":
+            facts = inspect_adapter(done.folder)
+            lines += [f"Served by {', '.join(facts.served_by)}", *filter(None, [facts.note])]
         Console().print(Text("\n".join(lines)))
     limit = VERIFY_TOLERANCE * (done.max_output or 0)
     if done.max_difference is not None and not done.max_difference <= limit:
@@ -171,18 +175,14 @@ def _facts_view(facts: Any, *, width: int) -> RenderableType:
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
-    alive = [rank for rank in facts.ranks.values() if rank]
-    total = sum(alive)
+    total = sum(facts.ranks.values())
     table.add_row("adapter", f"{facts.kind}, {facts.folder}")
     table.add_row("base model", facts.base_model or "not named")
     if facts.target_r is not None:
         table.add_row("budget", f"init_r {facts.init_r}, target_r {facts.target_r:g}")
-    mean = total / max(len(facts.ranks), 1)
-    dead = len(facts.ranks) - len(alive)
-    spread = f"{min(alive, default=0)} to {max(alive, default=0)}"
-    table.add_row("ranks", f"{spread}, mean {mean:.3g}, {total:,} components; {dead} modules at 0")
+    table.add_row("ranks", _rank_spread(list(facts.ranks.values())))
     table.add_row("parameters", f"{facts.num_parameters:,} ({', '.join(facts.dtypes)})")
-    table.add_row("file", f"{facts.num_bytes:,} bytes, {facts.heads} tensors beside the LoRA")
+    table.add_row("file", f"{facts.num_bytes:,} bytes; tensors beside the LoRA: {facts.heads}")
     low, high = facts.scales
     table.add_row("scaling", f"{low:g}" if low == high else f"{low:g} to {high:g}")
     table.add_row("served by", ", ".join(facts.served_by))
@@ -195,5 +195,18 @@ def _facts_view(facts: Any, *, width: int) -> RenderableType:
             f"a dynamic budget could save {facts.saving:.0%}",
         )  # fmt: skip
     shown = facts.effective_ranks or facts.ranks
-    grid = rank_grid(shown, init_r=max([1, *facts.ranks.values()]), width=width)
-    return Group(table, Text(), grid)
+    largest = max([1, facts.init_r or 0, *facts.ranks.values()])
+    of = "at most" if facts.init_r is None else "at the start"
+    return Group(table, Text(), rank_grid(shown, init_r=largest, width=width, of=of))
+
+
+def _rank_spread(ranks: Sequence[int]) -> str:
+    """Ranks of the modules in one line: of those alive, and how many are not."""
+    alive = [rank for rank in ranks if rank]
+    total = f"{sum(ranks):,} components"
+    if len(set(ranks)) == 1:
+        return f"{ranks[0]} in every module, {total}"
+    spread = f"{min(alive, default=0)} to {max(alive, default=0)}"
+    line = f"{spread}, mean {sum(ranks) / max(len(ranks), 1):.3g}, {total}"
+    dead = len(ranks) - len(alive)
+    return f"{line}; {dead} of {len(ranks)} modules at 0" if dead else line

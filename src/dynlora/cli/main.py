@@ -38,7 +38,8 @@ def root(
     """Train LoRA with a rank budget instead of a rank (DoRA, ACL 2024).
 
     In a script: DynLoraConfig instead of LoraConfig, and DynLoraCallback()
-    among the Trainer's callbacks. Here: a demonstration of both.
+    among the Trainer's callbacks. Here: runs from a recipe, and what comes
+    out of any run. To see it work first: dynlora demo --quick.
     """
     if version:
         from importlib.metadata import version as installed

@@ -98,7 +98,7 @@ def inspect_adapter(path: str | os.PathLike[str], *, effective: bool = False) ->
     kind = {"DYNLORA": "native", "LORA": "plain LoRA"}.get(
         str(config.get("peft_type")), str(config.get("peft_type"))
     )
-    served_by, note = servers(kind, ranks, scales, config)
+    served_by, note = servers(kind, ranks, scales, config, heads=heads)
     return AdapterFacts(
         folder=str(folder),
         kind=kind,
@@ -119,7 +119,12 @@ def inspect_adapter(path: str | os.PathLike[str], *, effective: bool = False) ->
 
 
 def servers(
-    kind: str, ranks: Mapping[str, int], scales: list[float], config: Mapping[str, Any]
+    kind: str,
+    ranks: Mapping[str, int],
+    scales: list[float],
+    config: Mapping[str, Any],
+    *,
+    heads: int,
 ) -> tuple[list[str], str]:
     """What reads an adapter as it is, and what the others need."""
     if kind == "native":
@@ -128,6 +133,11 @@ def servers(
         ], "dynlora export --to ragged, uniform or merged serves it anywhere"
     if kind != "plain LoRA":
         return ["PEFT"], "only LoRA adapters can be exported"
+    if heads:
+        return ["PEFT", "transformers"], (
+            "vLLM and llama.cpp refuse what was trained beside the LoRA, such as a head; "
+            "dynlora export --to merged puts it into the model"
+        )
     everywhere = ["PEFT", "transformers", "vLLM"]
     one_scale = max(scales) - min(scales) < 1e-9
     alive = {rank for rank in ranks.values() if rank}

@@ -37,13 +37,16 @@ def shade(rank: int, *, init_r: int) -> Style:
     return STYLES[shade_of(rank, init_r)]
 
 
-def rank_grid(ranks: Mapping[str, int], *, init_r: int, width: int = WIDTH) -> RenderableType:
+def rank_grid(
+    ranks: Mapping[str, int], *, init_r: int, width: int = WIDTH, of: str = "at the start"
+) -> RenderableType:
     """A rich renderable with one grid a layer list, its row and column means, and a legend.
 
     Args:
         ranks: final rank by full module name, zeros included.
         init_r: rank of the modules at the start, at least 1; the colours are shares of it.
         width: columns of the terminal; more layers than fit are continued in a further grid.
+        of: what the legend calls ``init_r``, for ranks whose start is not known.
 
     Raises:
         ValueError: ``init_r`` is below 1, or a rank is negative.
@@ -70,7 +73,7 @@ def rank_grid(ranks: Mapping[str, int], *, init_r: int, width: int = WIDTH) -> R
         Text.assemble(_cell(rank, init_r=init_r, width=max(cell, 3)), f"  {name}")
         for name, rank in others.items()
     ]
-    return Group(*parts, _legend(init_r))
+    return Group(*parts, _legend(init_r, of))
 
 
 def _grid(stack: LayerStack, layers: list[int], *, init_r: int, cell_width: int) -> Table:
@@ -103,9 +106,9 @@ def _mean_text(ranks: list[int], *, decimals: int = 2) -> str:
     return f"{sum(ranks) / len(ranks):.{decimals}f}"
 
 
-def _legend(init_r: int) -> RenderableType:
+def _legend(init_r: int, of: str) -> RenderableType:
     legend = Text("rank ", style="dim")
     for shade_number, ranks in shade_ranges(init_r):
         legend.append(f" {ranks}", style=STYLES[shade_number])
         legend.append(" ", style=STYLES[shade_number])
-    return Padding(legend.append(f"  of {init_r} at the start", style="dim"), (1, 0, 0, 0))
+    return Padding(legend.append(f"  of {init_r} {of}", style="dim"), (1, 0, 0, 0))

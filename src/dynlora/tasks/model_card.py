@@ -30,7 +30,7 @@ def card(recipe: Recipe, record: Mapping[str, Any]) -> str:
     metadata = {
         "base_model": _hub_name(recipe),
         "library_name": "peft" if _is_peft(recipe) else "transformers",
-        "tags": ["dynlora", recipe.method, recipe.task],
+        "tags": list(dict.fromkeys(["dynlora", recipe.method, recipe.task])),
     }
     title = f"# {recipe.model} on {_data_name(recipe)}, by {recipe.method}"
     parts = [
@@ -78,14 +78,15 @@ def _budget(record: Mapping[str, Any]) -> str:
 
 def _loading(recipe: Recipe, record: Mapping[str, Any]) -> str:
     auto = recipe.family.auto_class
-    classes = len(record["data"].get("labels") or ())
-    head = f", num_labels={classes}" if classes else ""
+    labels = record["data"].get("labels")
+    named = f"labels = {labels!r}\n" if labels else ""
+    head = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
     name = f'"{recipe.model}"'
     begin = f"from transformers import {auto}\n"
     if recipe.offline_name:
         name = f'offline_model("{recipe.offline_name}")'
         begin += "\nfrom dynlora.tasks.offline import offline_model\n"
-    base = f"base = {auto}.from_pretrained({name}{head})\n"
+    base = f"{named}base = {auto}.from_pretrained({name}{head})\n"
     if _is_peft(recipe):
         load = 'model = PeftModel.from_pretrained(base, "this-folder")\n'
         return f"from peft import PeftModel\n{begin}\n{base}{load}"
