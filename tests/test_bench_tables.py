@@ -82,6 +82,26 @@ def test_cells_that_the_suite_does_not_want_are_not_counted(tmp_path):
     assert rendered(tmp_path) == before
 
 
+def test_the_tables_say_at_which_ranks_modules_end(tmp_path):
+    def ragged(c):
+        ranks = {"lora": {"q": 2, "k": 2}, "dynlora": {"q": 3, "k": 1 - (c.seed == 0)}}
+        return result(c, score(c)) | {"ranks": ranks[c.method]}
+
+    text = rendered(finished(tmp_path, run=ragged))["README.md"]
+    assert "| lora | 2: 2 | 2: 2 |" in text
+    assert "| dynlora | 0: 0.3, 1: 0.7, 3: 1 | 0: 0.3, 1: 0.7, 3: 1 |" in text
+
+
+def test_without_evaluations_on_the_way_there_is_no_best_epoch_to_show(tmp_path):
+    def only_final(c):
+        found = result(c, score(c))
+        return found | {k: found[k] | {"best": None} for k in ("selected", "reported")}
+
+    assert "## The best epoch" in rendered(finished(tmp_path / "with"))["README.md"]
+    text = rendered(finished(tmp_path / "without", run=only_final))["README.md"]
+    assert "## The best epoch" not in text
+
+
 def test_all_formats_show_the_same_score(tmp_path):
     finished(tmp_path)
     tables = rendered(tmp_path)

@@ -1,5 +1,6 @@
 """From results files to numbers: plain values, nothing else is read."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +69,7 @@ def _row(suite: Suite, results: Mapping[str, Result], task: str, method: str) ->
     differences = _differences(suite, results, task, method)
     row["difference"] = asdict(paired([differences])) if differences else None
     row["cost"] = _cost(found)
+    row["modules_by_rank"] = _modules_by_rank(found)
     return row
 
 
@@ -132,6 +134,15 @@ def _cost(found: Mapping[int, Result]) -> dict[str, float] | None:
         "train_s": fmean(r["train_s"] for r in runs),
         "peak_mib": fmean(_peak(r) for r in runs) / 2**20,
     }
+
+
+def _modules_by_rank(found: Mapping[int, Result]) -> dict[str, float] | None:
+    """How many modules ended at each rank, mean over seeds; None for a method without ranks."""
+    counts = [Counter(r["ranks"].values()) for r in found.values() if r["ranks"]]
+    if not counts:
+        return None
+    ranks = sorted(set().union(*counts))
+    return {str(rank): fmean(count[rank] for count in counts) for rank in ranks}
 
 
 def _peak(result: Result) -> float:

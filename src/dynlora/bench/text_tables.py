@@ -67,10 +67,10 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
         markdown_table(*difference_table(summary)),
         "## Ranks over tasks",
         ranking_text(summary),
-        "## The best epoch",
-        f"At the evaluation that was best on `{summary['select']}`, of those within the final budget; "
-        "papers often show the epoch that was best on the very set they report.",
-        markdown_table(*score_table(summary, kind="best")),
+        "## Where the ranks went",
+        "Modules by final rank, `rank: modules`, mean over seeds.",
+        markdown_table(*rank_table(summary)),
+        *_best_epoch(summary),
         "## Cost",
         "Adapter parameters without the head at start and end, seconds of training with its "
         "evaluations, peak memory of the process (with a GPU: allocated on it).",
@@ -82,6 +82,17 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
         provenance_text(summary),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _best_epoch(summary: Mapping[str, Any]) -> list[str]:
+    if all(row["best"] is None for row in summary["rows"]):
+        return []
+    return [
+        "## The best epoch",
+        f"At the evaluation that was best on `{summary['select']}`, of those within the final budget; "
+        "papers often show the epoch that was best on the very set they report.",
+        markdown_table(*score_table(summary, kind="best")),
+    ]
 
 
 def as_latex(summary: Mapping[str, Any]) -> str:
@@ -175,6 +186,18 @@ def cost_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def rank_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a method with ranks a line, a task a column."""
+    by_place = {(r["task"], r["method"]): r["modules_by_rank"] for r in summary["rows"]}
+    tasks = [t["name"] for t in summary["tasks"]]
+    rows = [
+        [method, *(_by_rank(by_place[task, method]) for task in tasks)]
+        for method in summary["methods"]
+        if any(by_place[task, method] for task in tasks)
+    ]
+    return ["method", *tasks], rows
+
+
 def sweep_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: one line per task and method, the rates and what they reached."""
     chosen = {(r["task"], r["method"]): r["learning_rate"] for r in summary["rows"]}
@@ -250,6 +273,12 @@ def _score(row: Mapping[str, Any], kind: str, seeds: int) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
+
+
+def _by_rank(modules: Mapping[str, float] | None) -> str:
+    if modules is None:
+        return NONE
+    return ", ".join(f"{rank}: {round(count, 1):g}" for rank, count in modules.items())
 
 
 def _mean(values: Sequence[float | None]) -> str:
