@@ -3,7 +3,7 @@
 import pytest
 
 from bench_results import cell, failed, result, score, small_suite
-from dynlora.bench.plan import chosen_rate, num_cells, source_of, wanted_cells
+from dynlora.bench.plan import chosen_rate, num_cells, num_ended, source_of, wanted_cells
 
 
 def run_all(suite, run=lambda c: result(c, score(c))):
@@ -123,6 +123,14 @@ def test_a_method_that_takes_the_ranks_of_another_waits_for_them():
         assert (source.task, source.method, source.seed) == (c.task, "dynlora", c.seed)
         assert source.learning_rate == 0.01
         assert place[source.key] < place[c.key]
+
+
+def test_results_that_the_suite_does_not_want_do_not_count():
+    suite = small_suite()
+    results, _ = run_all(suite)
+    stray = cell("a", "lora", 0.001, 2)  # another seed at a rate that was not chosen
+    more = results | {stray.key: result(stray, 0.5)}
+    assert num_ended(suite, more) == num_ended(suite, results) == len(results)
 
 
 def test_ranks_are_not_taken_from_a_cell_that_failed():

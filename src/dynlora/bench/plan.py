@@ -70,6 +70,11 @@ def num_cells(suite: Suite, results: Mapping[str, Result]) -> int:
     return count
 
 
+def num_ended(suite: Suite, results: Mapping[str, Result]) -> int:
+    """Cells of the suite that have a result; results that it does not want, or no more, do not count."""
+    return sum(cell.key in results for cell in wanted_cells(suite, results))
+
+
 def chosen_rate(
     suite: Suite, results: Mapping[str, Result], task: str, method: str
 ) -> float | None:

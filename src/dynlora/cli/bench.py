@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dynlora.bench.plan import chosen_rate, num_cells
+from dynlora.bench.plan import chosen_rate, num_cells, num_ended
 from dynlora.bench.quick import quick_suite
 from dynlora.bench.render import render
 from dynlora.bench.results import (
@@ -117,7 +117,7 @@ def progress_view(
         table.add_column(task, justify="right")
     for method in suite.methods:
         table.add_row(method, *(_standing(suite, results, task, method) for task in suite.tasks))
-    planned, ended = num_cells(suite, results), len(results)
+    planned, ended = num_cells(suite, results), num_ended(suite, results)
     line = f"{ended} of {planned} cells"
     left = _left_s(results, watch, planned - ended, places)
     if left is not None:
@@ -202,10 +202,10 @@ def _lines(shared: Bench, watch: Watch, places: int) -> Callable[..., None]:
         if result is None:
             return
         results = read_results(shared.folder)
-        planned = num_cells(shared.suite, results)
+        planned, ended = num_cells(shared.suite, results), num_ended(shared.suite, results)
         outcome = result.get("error") or f"{shared.suite.select} {result['selected']['final']:.4f}"
-        left = _left_s(results, watch, planned - len(results), places) or 0
-        print_line = f"{len(results)}/{planned} {cell.key}: {outcome}, {seconds:.0f} s"
+        left = _left_s(results, watch, planned - ended, places) or 0
+        print_line = f"{ended}/{planned} {cell.key}: {outcome}, {seconds:.0f} s"
         Console(stderr=True, soft_wrap=True, highlight=False).print(
             f"{print_line}, about {_duration(left)} left"
         )
