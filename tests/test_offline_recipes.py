@@ -99,6 +99,8 @@ def test_the_table_of_runs_says_what_their_records_say(path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+# transformers' EncoderDecoderModel tells of a change of 2021 whenever it gets labels
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 @pytest.mark.parametrize("name", SHORTENED)
 def test_a_shortened_run_beats_the_frozen_model_and_the_constant_answer(name, tmp_path):
     try:
