@@ -47,6 +47,7 @@ class Export:
     max_output: float | None = None
 
 
+# Long for its docstring: the one door of the room, whose arguments and errors a caller must know.
 def export_adapter(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
