@@ -7,7 +7,6 @@ timed beside the same step of the others. Peak memory is what a process of its o
 one arm, model included, beyond what it held when everything was imported.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -120,7 +119,7 @@ def peak_bytes(name: str, device: str, threads: int) -> int:
     """What a fresh process takes at most to train one arm for three steps, imports left out."""
     command = [sys.executable, "-W", "ignore", __file__, ONLY, name, device, str(threads)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(json.loads(ran.stdout.splitlines()[-1]))
+    return int(ran.stdout.splitlines()[-1])
 
 
 def _one_arm(name: str, device: str, threads: str) -> None:

@@ -94,9 +94,8 @@ class Suite:
                     f"methods.{name}.learning_rates={own} must hold {len(self.learning_rates)} rates, as "
                     "many as the suite's: no method may be tuned more than another."
                 )
-            if method.get("ranks_of") in self.methods or "ranks_of" not in method:
-                continue
-            raise ValueError(unknown_name("ranks_of", method["ranks_of"], self.methods))
+            if "ranks_of" in method and method["ranks_of"] not in self.methods:
+                raise ValueError(unknown_name("ranks_of", method["ranks_of"], self.methods))
         if self.baseline not in self.methods:
             raise ValueError(unknown_name("baseline", self.baseline, self.methods))
         if self.select in self.report:

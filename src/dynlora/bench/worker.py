@@ -194,11 +194,8 @@ def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) 
 
 
 def _write_spec(bench: Bench, cell: Cell, place: Path, target: Path) -> None:
-    results = read_results(bench.folder)
-    source = source_of(bench.suite, results, cell)
-    ranks = None if source is None else results[source.key]["ranks"]
     spec = {
-        "recipe": bench.suite.recipe(cell, place / "run", ranks=ranks),
+        "recipe": bench.suite.recipe(cell, place / "run", ranks=_ranks_for(bench, cell)),
         "select": bench.suite.select,
         "report": bench.suite.reported(cell.task),
         "cell": vars(cell) | {"key": cell.key},
@@ -206,6 +203,15 @@ def _write_spec(bench: Bench, cell: Cell, place: Path, target: Path) -> None:
         "result": str(target),
     }
     (place / "spec.json").write_text(json.dumps(spec), encoding="utf8")
+
+
+def _ranks_for(bench: Bench, cell: Cell) -> dict[str, int] | None:
+    """The ranks that the cell takes from another one; files are read only where it takes any."""
+    if "ranks_of" not in bench.suite.methods[cell.method]:
+        return None
+    results = read_results(bench.folder)
+    source = source_of(bench.suite, results, cell)
+    return None if source is None else results[source.key]["ranks"]
 
 
 def _command(bench: Bench, cell: Cell) -> str:
