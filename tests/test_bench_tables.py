@@ -97,9 +97,12 @@ def test_without_evaluations_on_the_way_there_is_no_best_epoch_to_show(tmp_path)
         found = result(c, score(c))
         return found | {k: found[k] | {"best": None} for k in ("selected", "reported")}
 
-    assert "## The best epoch" in rendered(finished(tmp_path / "with"))["README.md"]
-    text = rendered(finished(tmp_path / "without", run=only_final))["README.md"]
-    assert "## The best epoch" not in text
+    tables = rendered(finished(tmp_path / "with"))
+    assert "## The best epoch" in tables["README.md"]
+    assert "<h2>The best epoch" in tables["index.html"]
+    tables = rendered(finished(tmp_path / "without", run=only_final))
+    assert "## The best epoch" not in tables["README.md"]
+    assert "<h2>The best epoch" not in tables["index.html"]
 
 
 def test_all_formats_show_the_same_score(tmp_path):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from dynlora.bench.text_tables import (
     cost_table,
     difference_table,
+    has_best_epoch,
     provenance_text,
     published_source,
     rank_table,
@@ -72,6 +73,12 @@ figcaption { color: #333 }
 )
 
 
+def _best_epoch(summary: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    if not has_best_epoch(summary):
+        return []
+    return [(f"The best epoch by {summary['select']}", "", "", *score_table(summary, kind="best"))]
+
+
 def as_html(summary: Mapping[str, Any]) -> str:
     """The page; the same summary gives the same bytes with the same matplotlib."""
     base = summary["baseline"]
@@ -88,7 +95,7 @@ def as_html(summary: Mapping[str, Any]) -> str:
             ),
             ("Ranks over tasks", ranking_text(summary), _ranks(summary), [], []),
             ("Where the ranks went", "Modules by final rank.", "", *rank_table(summary)),
-            (f"The best epoch by {summary['select']}", "", "", *score_table(summary, kind="best")),
+            *_best_epoch(summary),
             ("Cost", "", "", *cost_table(summary)),
             (f"Learning rates, by {summary['select']}", "", _sweep(summary), head, plain),
         ]

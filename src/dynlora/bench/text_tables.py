@@ -84,8 +84,13 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def has_best_epoch(summary: Mapping[str, Any]) -> bool:
+    """Whether any run was evaluated on the way, so that there is a best epoch to show."""
+    return any(row["best"] is not None for row in summary["rows"])
+
+
 def _best_epoch(summary: Mapping[str, Any]) -> list[str]:
-    if all(row["best"] is None for row in summary["rows"]):
+    if not has_best_epoch(summary):
         return []
     return [
         "## The best epoch",
@@ -135,7 +140,7 @@ def score_table(
     """Head and rows: a method a line, a task a column, published numbers in lines of their own."""
     tasks = summary["tasks"]
     head = ["method", *(f"{t['name']} ({t['metric'] or NONE})" for t in tasks), "mean"]
-    by_place = {(r["task"], r["method"]): r for r in summary["rows"]}
+    by_place = _rows_by_place(summary)
     rows = []
     for method in summary["methods"]:
         mine = [by_place[t["name"], method] for t in tasks]
@@ -154,7 +159,7 @@ def score_table(
 def difference_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a method a line, a task a column, all tasks together in the last."""
     head = ["method", *(t["name"] for t in summary["tasks"]), "mean of tasks"]
-    by_place = {(r["task"], r["method"]): r for r in summary["rows"]}
+    by_place = _rows_by_place(summary)
     rows = [
         [
             entry["method"],
@@ -188,12 +193,12 @@ def cost_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def rank_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a method with ranks a line, a task a column."""
-    by_place = {(r["task"], r["method"]): r["modules_by_rank"] for r in summary["rows"]}
+    by_place = _rows_by_place(summary)
     tasks = [t["name"] for t in summary["tasks"]]
     rows = [
-        [method, *(_by_rank(by_place[task, method]) for task in tasks)]
+        [method, *(_by_rank(by_place[task, method]["modules_by_rank"]) for task in tasks)]
         for method in summary["methods"]
-        if any(by_place[task, method] for task in tasks)
+        if any(by_place[task, method]["modules_by_rank"] for task in tasks)
     ]
     return ["method", *tasks], rows
 
@@ -260,6 +265,10 @@ def difference_text(difference: Mapping[str, Any] | None) -> str:
         low, high = difference["interval"]
         text += f" [{low:+.2f}, {high:+.2f}]"
     return f"{text} {difference['wins']}:{difference['losses']}, p {difference['sign_p']:.2g}"
+
+
+def _rows_by_place(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["task"], row["method"]): row for row in summary["rows"]}
 
 
 def _score(row: Mapping[str, Any], kind: str, seeds: int) -> str:
