@@ -1,4 +1,4 @@
-"""What does allocation cost: share of a step, operations, temporaries, and how it all grows?
+"""What does allocation cost: share of a step, launches, temporaries, and how it all grows?
 
     python benchmarks/allocator_cost.py [--device cuda]
 
@@ -61,7 +61,7 @@ def allocator_step(allocator: RankAllocator) -> None:
     allocator._after_step(allocator.optimizer, (), {})
 
 
-class Operations(TorchDispatchMode):
+class Launches(TorchDispatchMode):
     """Counts operations that would each launch a kernel on a GPU."""
 
     def __init__(self) -> None:
@@ -76,11 +76,16 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operations(allocator: RankAllocator) -> int:
-    """Operations of one allocator step, views not counted."""
-    with Operations() as operations:
+def count_launches(sizes: Sizes, rank: int) -> int:
+    """Operations of one allocator step, views not counted, as an accelerator would run them.
+
+    They are counted on tensors without data, which take every branch an accelerator takes, and where
+    waiting for a number raises.
+    """
+    allocator = allocator_of(sizes, rank, "meta")
+    with Launches() as launches:
         allocator_step(allocator)
-    return operations.count
+    return launches.count
 
 
 def peak_temporary_bytes(allocator: RankAllocator, device: str) -> int:
@@ -113,7 +118,7 @@ def describe(sizes: Sizes, rank: int, options: Any) -> dict[str, Any]:
         "rank": rank,
         "adapter_bytes": sum(4 * rank * (i + o) for i, o in sizes),
         "seconds": statistics.median(times),
-        "operations": count_operations(allocator),
+        "launches": count_launches(sizes, rank),
         "peak_temporary_bytes": peak_temporary_bytes(allocator, options.device),
     }
 

@@ -73,7 +73,7 @@ def allocator_cost(result: dict[str, Any]) -> str:
         )
         for row in result["scale"]
     ]
-    costs = ("what", "time", "operations", "peak of temporaries", "adapter")
+    costs = ("what", "time", "launches", "peak of temporaries", "adapter")
     heads = (
         "model",
         "1 layer",
@@ -96,7 +96,7 @@ def _allocation(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     return (
         name,
         _time(row["seconds"]),
-        str(row["operations"]),
+        str(row["launches"]),
         _bytes(row["peak_temporary_bytes"]),
         _bytes(row["adapter_bytes"]),
     )

@@ -15,8 +15,8 @@ SIZES = st.integers(1, 5)
 SCHEDULES = ["slow-fast", "fast-slow"]
 
 
-def grams(a, b):
-    return a @ a.T, b.T @ b
+def products(a, b, c):
+    return allocation.component_products(a @ a.T, b.T @ b, c)
 
 
 def random_module(rank, width, height, seed):
@@ -32,19 +32,19 @@ def test_importance_of_two_orthogonal_components_by_hand():
     a = torch.tensor([[3.0, 0.0], [0.0, 1.0]])  # norms 3 and 1
     b = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # norms 1 and 2
     c = torch.tensor([1.0, -2.0])  # component norms 3 and 4, together 5
-    shares = allocation.component_importance(*grams(a, b), c)
+    shares = allocation.component_importance(products(a, b, c))
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.8]))
 
 
 def test_importance_of_cancelling_components_may_exceed_one():
     a, b = torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, 1.0]])
-    shares = allocation.component_importance(*grams(a, b), torch.tensor([2.0, -1.0]))
+    shares = allocation.component_importance(products(a, b, torch.tensor([2.0, -1.0])))
     torch.testing.assert_close(shares, torch.tensor([2.0, 1.0]))
 
 
 def test_importance_of_an_untrained_module_is_zero_not_nan():
     a, b, _ = random_module(3, 4, 5, seed=0)
-    shares = allocation.component_importance(*grams(a, b), torch.zeros(3, dtype=torch.float64))
+    shares = allocation.component_importance(products(a, b, torch.zeros(3, dtype=torch.float64)))
     assert shares.tolist() == [0.0, 0.0, 0.0]
 
 
@@ -53,30 +53,29 @@ def test_importance_equals_the_dense_definition(rank, width, height, seed):
     a, b, c = random_module(rank, width, height, seed)
     module = reference.Module(torch.zeros(height, width, dtype=torch.float64), 0.0, a, b, c, 1.0)
     expected = torch.tensor(reference.importance(module), dtype=torch.float64)
-    actual = allocation.component_importance(*grams(a, b), c)
+    actual = allocation.component_importance(products(a, b, c))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @given(SIZES, st.integers(0, 99), st.floats(0.1, 10))
 def test_importance_does_not_change_when_all_gates_are_scaled(rank, seed, factor):
     a, b, c = random_module(rank, 4, 5, seed)
-    before = allocation.component_importance(*grams(a, b), c)
-    after = allocation.component_importance(*grams(a, b), c * factor)
+    before = allocation.component_importance(products(a, b, c))
+    after = allocation.component_importance(products(a, b, c * factor))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
 def test_importance_of_a_tiny_update_is_damped_not_blown_up():
-    shares = allocation.component_importance(torch.eye(1), torch.eye(1), torch.tensor([1e-8]))
+    eye = torch.eye(1)
+    shares = allocation.component_importance(products(eye, eye, torch.tensor([1e-8])))
     torch.testing.assert_close(shares, torch.tensor([0.5]))  # 1e-8 / (1e-8 + 1e-8)
 
 
 def test_importance_of_many_modules_at_once_equals_one_by_one():
     modules = [random_module(3, 4, 5, seed) for seed in range(4)]
-    each = [allocation.component_importance(*grams(a, b), c) for a, b, c in modules]
-    ga, gb = zip(*(grams(a, b) for a, b, _ in modules), strict=True)
-    together = allocation.component_importance(
-        torch.stack(ga), torch.stack(gb), torch.stack([c for *_, c in modules])
-    )
+    each = [allocation.component_importance(products(a, b, c)) for a, b, c in modules]
+    a, b, c = (torch.stack(tensors) for tensors in zip(*modules, strict=True))
+    together = allocation.component_importance(allocation.component_products(a @ a.mT, b.mT @ b, c))
     torch.testing.assert_close(together, torch.stack(each), rtol=0, atol=0)
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from dynlora import DynLoraConfig, RankAllocator
-from dynlora.scoring import STACK_BYTES, add_dem_gradients_, gram_matrices
+from dynlora.scoring import ON_CPU, Limits, add_dem_gradients_, gram_matrices
 from small_net import adamw
 
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
@@ -70,12 +70,12 @@ def tensors_of(allocator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 3])
 def test_grams_are_the_inner_products(monkeypatch, rank_dim, dtype, count):
-    monkeypatch.setattr("dynlora.scoring.STACK_BYTES", 64)  # forces slices and many small stacks
+    monkeypatch.setattr("dynlora.scoring.ON_CPU", Limits(64, 64))  # slices, and many small stacks
     shape = (3, 50) if rank_dim == 0 else (50, 3)
-    factors = [torch.randn(shape).to(dtype) for _ in range(count)] + [torch.ones(2, 2).to(dtype)]
-    grams = gram_matrices(factors, rank_dim=rank_dim)
-    for factor, gram in zip(factors, grams, strict=True):
-        exact = factor.double() if rank_dim == 0 else factor.double().T
+    weights = [torch.randn(shape).to(dtype) for _ in range(count)] + [torch.ones(2, 2).to(dtype)]
+    grams = gram_matrices([(weight, rank_dim) for weight in weights])
+    for weight, gram in zip(weights, grams, strict=True):
+        exact = weight.double() if rank_dim == 0 else weight.double().T
         torch.testing.assert_close(gram.double(), exact @ exact.T, rtol=1e-5, atol=1e-5)
         assert gram.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -110,13 +110,38 @@ def test_modules_that_fit_in_one_stack_cost_as_many_operations_as_one():
     assert counts[0] < 30
 
 
+def test_a_and_b_of_one_length_share_a_stack():
+    a, b = torch.randn(2, 3, 7).unbind(0)
+    grams = gram_matrices([(a, 0), (b.T.contiguous(), 1)])
+    torch.testing.assert_close(grams, [a @ a.T, b @ b.T])
+
+
+@pytest.mark.parametrize(
+    ("fields", "bound"),
+    [({}, 35), ({"dem_weight": 0}, 20), ({"dem_weight": 0, "importance": "sensitivity"}, 10)],
+)
+def test_an_accelerator_launches_few_kernels_for_all_of_roberta(fields, bound):
+    shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+    with torch.device("meta"):  # no data: whatever waits for the device raises
+        net = nn.Sequential(*(nn.Linear(i, o) for i, o in shapes * 12))
+        names = [str(i) for i in range(len(net))]
+        model = get_peft_model(
+            net, DynLoraConfig(target_modules=names, init_r=12, target_r=8, **fields)
+        )
+    optimizer, allocator = with_gradients(model)
+    with Watch() as watch:
+        allocator._before_step(optimizer, (), {})
+        allocator._after_step(optimizer, (), {})
+    assert 0 < len(watch.names) < bound
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_temporary_exceeds_a_megabyte(dtype):
     model = many(12, width=4096, out=3000, dtype=dtype, init_r=24, target_r=16)
     _, allocator = with_gradients(model)
     size = sum(p.numel() * 4 for m in allocator.layers for p in m.parameters)
     watch = one_step(allocator, Watch(tensors_of(allocator)))
-    assert 0 < watch.largest <= STACK_BYTES < size / 8
+    assert 0 < watch.largest <= ON_CPU.stack < size / 8
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Score all modules of a model, and add DEM to all their gradients, in a few batched operations.
 
-Factors of equal shape are stacked, up to ``STACK_BYTES`` at a time: the number of operations grows with
-the bytes of the adapter, not with the number of modules, and no temporary is larger. Nothing here waits
-for the device.
+Vectors of equal length are stacked, up to a limit at a time: the number of operations grows with the
+bytes of the adapter, not with the number of modules, and no temporary is larger. Nothing here waits for
+the device.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,33 @@ from torch import Tensor
 from dynlora import allocation
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.config import DynLoraConfig
-from dynlora.adapter.sharding import add_gradient_, is_sharded, needs_full_gradient, whole
+from dynlora.adapter.sharding import (
+    add_gradient_,
+    full_shape,
+    is_sharded,
+    needs_full_gradient,
+    whole,
+)
 from dynlora.health import can_look, check_importance
 
-STACK_BYTES = 750_000
-"""Upper limit of the copies that one stack makes; with ``GRAM_BYTES``, temporaries stay below 1 MB."""
 
-GRAM_BYTES = 100_000
-"""Upper limit of the Gram matrices held at once, in fp32."""
+class Limits(NamedTuple):
+    """Bytes of temporaries; small ones keep a CPU's caches, large ones need few kernel launches."""
+
+    stack: int  # the copies that one stack makes
+    grams: int  # the Gram matrices held at once, in fp32
+
+
+ON_CPU = Limits(stack=750_000, grams=100_000)
+"""Temporaries stay below 1 MB."""
+
+ON_ACCELERATOR = Limits(stack=64_000_000, grams=8_000_000)
+"""The update of a foreach optimizer needs as much; an adapter of 32 MB is scored in one go."""
+
+
+def limits_of(tensor: Tensor) -> Limits:
+    """What temporaries may cost where ``tensor`` lies."""
+    return ON_CPU if tensor.device.type == "cpu" else ON_ACCELERATOR
 
 
 Score = Callable[[Sequence[GatedLayer], int], None]
@@ -35,7 +54,7 @@ def chosen_score(config: DynLoraConfig) -> Score:
 
     Where looking costs nothing, importance that is not finite is refused before it is smoothed.
     """
-    present = _gate_scores if config.importance in _FROM_GATES else _norm_scores
+    present = _norm_scores if config.importance in _OF_PRODUCTS else _gate_scores
 
     @torch.no_grad()
     def score(layers: Sequence[GatedLayer], step: int) -> None:
@@ -50,12 +69,13 @@ def chosen_score(config: DynLoraConfig) -> Score:
 
 
 def _blocks(layers: Sequence[GatedLayer]) -> Iterator[list[GatedLayer]]:
-    """The layers in order, as many at a time as ``GRAM_BYTES`` allows, at least one."""
+    """The layers in order, as many at a time as the limit of Gram matrices allows, at least one."""
+    limit = limits_of(layers[0].ema).grams
     block: list[GatedLayer] = []
     size = 0
     for gated in layers:
         need = 2 * 4 * gated.num_components**2
-        if block and size + need > GRAM_BYTES:
+        if block and size + need > limit:
             yield block
             block, size = [], 0
         block.append(gated)
@@ -63,7 +83,7 @@ def _blocks(layers: Sequence[GatedLayer]) -> Iterator[list[GatedLayer]]:
     yield block
 
 
-_FROM_GRAMS = {
+_OF_PRODUCTS = {
     "share": allocation.component_importance,  # Eq. 7; adds up to about 1 in every module
     "norm": allocation.component_norms,  # modules that change more keep more
 }
@@ -71,15 +91,16 @@ _FROM_GRAMS = {
 
 def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
     """Importance of every component from Gram matrices, one (rank,) tensor a module."""
+    of_products = _OF_PRODUCTS[importance]
     factors = [m.parameters for m in layers]
-    grams_a = gram_matrices([a for a, _, _ in factors], rank_dim=0)
-    grams_b = gram_matrices([b for _, b, _ in factors], rank_dim=1)
+    grams = gram_matrices([(a, 0) for a, _, _ in factors] + [(b, 1) for _, b, _ in factors])
+    grams_a, grams_b = grams[: len(layers)], grams[len(layers) :]
     found: list[Any] = [None] * len(layers)
-    for rows in _groups(grams_a, lambda gram: (gram.shape[0], gram.dtype, gram.device)):
+    for rows in _groups([(gram.shape[0], gram.dtype, gram.device) for gram in grams_a]):
         gram_a = torch.stack([grams_a[i] for i in rows])
         gram_b = torch.stack([grams_b[i] for i in rows])
         gates = torch.stack([whole(factors[i][2]).detach() for i in rows]).to(gram_a.dtype)
-        scores = _FROM_GRAMS[importance](gram_a, gram_b, gates)
+        scores = of_products(allocation.component_products(gram_a, gram_b, gates))
         for i, score in zip(rows, scores.unbind(), strict=True):
             found[i] = score
     if importance == "norm":
@@ -87,68 +108,59 @@ def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
     return found
 
 
-def _gate(gated: GatedLayer) -> Tensor:
-    """|cᵢ|: free to compute, and the norm itself where all aᵢ and bᵢ are of one length."""
-    return whole(gated.gate).detach().abs()
-
-
-def _sensitivity(gated: GatedLayer) -> Tensor:
-    """|cᵢ ∂L/∂cᵢ| with the gradient of the step just made; 0 where the gate received none."""
-    c = whole(gated.gate).detach()
-    if gated.gate.grad is None:
-        return torch.zeros_like(c)
-    return allocation.component_sensitivity(c, whole(gated.gate.grad))
-
-
-_FROM_GATES = {"gate": _gate, "sensitivity": _sensitivity}
-
-
 def _gate_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
-    return [_FROM_GATES[importance](gated) for gated in layers]
+    """Importance of every component from its gate, and its gradient, alone."""
+    gates = [whole(m.gate).detach() for m in layers]
+    if importance == "gate":
+        return list(torch._foreach_abs(gates))
+    gradients = [
+        torch.zeros_like(c) if m.gate.grad is None else whole(m.gate.grad)
+        for m, c in zip(layers, gates, strict=True)
+    ]
+    return allocation.component_sensitivities(gates, gradients)
+
+
+Factor = tuple[Tensor, int]
+"""A weight and its dimension that counts components: A (rank, in, ...) and 0, B (out, rank, ...) and 1."""
 
 
 @torch.no_grad()
-def gram_matrices(factors: Sequence[Tensor], *, rank_dim: int) -> list[Tensor]:
+def gram_matrices(factors: Sequence[Factor]) -> list[Tensor]:
     """Inner products of the components' vectors in each factor, in fp32 at least.
-
-    Args:
-        factors: A (rank, in, ...) of every module with rank_dim=0, or B (out, rank, ...) with rank_dim=1.
-        rank_dim: the dimension that counts components.
 
     Returns:
         A Aᵀ or Bᵀ B of every factor, (rank, rank) each, in the order of ``factors``.
 
-    >>> gram_matrices([torch.eye(2), 2 * torch.eye(2)], rank_dim=0)[1]
+    >>> gram_matrices([(torch.eye(2), 0), (2 * torch.eye(2), 1)])[1]
     tensor([[4., 0.],
             [0., 4.]])
     """
     grams: list[Any] = [None] * len(factors)
-    for rows in _stacks(factors):
+    weights = [weight for weight, _ in factors]
+    for rows in _stacks(weights, [(full_shape(w)[dim], w.numel()) for w, dim in factors]):
         if len(rows) == 1:
-            grams[rows[0]] = _gram(whole(factors[rows[0]]), rank_dim)
+            weight, rank_dim = factors[rows[0]]
+            grams[rows[0]] = _gram(_vectors(whole(weight), rank_dim))
             continue
-        for i, gram in zip(rows, _grams([factors[i] for i in rows], rank_dim), strict=True):
+        stack = _at_least_fp32(torch.stack([_vectors(*factors[i]) for i in rows]))
+        for i, gram in zip(rows, torch.bmm(stack, stack.mT).unbind(), strict=True):
             grams[i] = gram
     return grams
 
 
-def _grams(factors: Sequence[Tensor], rank_dim: int) -> Sequence[Tensor]:
-    """The Gram matrices of several factors of one shape."""
-    stack = _at_least_fp32(torch.stack([factor.flatten(1) for factor in factors]))
-    vectors = stack if rank_dim == 0 else stack.mT
-    return torch.bmm(vectors, vectors.mT).unbind()
+def _vectors(weight: Tensor, rank_dim: int) -> Tensor:
+    """The components' vectors as rows, (rank, length)."""
+    matrix = weight.flatten(1)
+    return matrix if rank_dim == 0 else matrix.mT
 
 
-def _gram(factor: Tensor, rank_dim: int) -> Tensor:
+def _gram(vectors: Tensor) -> Tensor:
     """The Gram matrix of one factor; one that must be converted is taken in slices."""
-    matrix = factor.flatten(1)
-    if rank_dim == 1:
-        matrix = matrix.T
-    if matrix.dtype in {torch.float32, torch.float64}:
-        return matrix @ matrix.T
-    width = max(1, STACK_BYTES // (4 * max(1, matrix.shape[0])))
-    gram = torch.zeros(matrix.shape[0], matrix.shape[0], device=matrix.device)
-    for part in matrix.split(width, dim=1):
+    if vectors.dtype in {torch.float32, torch.float64}:
+        return vectors @ vectors.mT
+    rank = vectors.shape[0]
+    gram = torch.zeros(rank, rank, device=vectors.device)
+    for part in vectors.split(max(1, limits_of(vectors).stack // (4 * max(1, rank))), dim=1):
         exact = part.float()
         gram.addmm_(exact, exact.T)
     return gram
@@ -177,7 +189,7 @@ def add_dem_gradients_(
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        for rows in _stacks(weights):
+        for rows in _stacks(weights, [w.shape for w in weights]):
             allocation.add_dem_gradients_(
                 [weights[i].grad for i in rows],  # type: ignore[misc]  # set above
                 [weights[i].detach() for i in rows],
@@ -189,18 +201,19 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _stacks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors that make a stack of up to ``STACK_BYTES`` in fp32, at least one each."""
-    for rows in _groups(tensors, lambda t: (t.shape, t.dtype, t.device)):
-        width = tensors[rows[0]].element_size()
-        size = tensors[rows[0]].numel() * (width if width >= 4 else width + 4)  # converted to fp32
-        step = 1 if is_sharded(tensors[rows[0]]) else max(1, STACK_BYTES // max(1, size))
+def _stacks(tensors: Sequence[Tensor], kinds: Sequence[Hashable]) -> Iterator[list[int]]:
+    """Indices of tensors of one kind that make a stack up to the limit, in fp32; at least one each."""
+    for rows in _groups([(k, t.dtype, t.device) for k, t in zip(kinds, tensors, strict=True)]):
+        first = tensors[rows[0]]
+        width = first.element_size()
+        size = first.numel() * (width if width >= 4 else width + 4)  # converted to fp32
+        step = 1 if is_sharded(first) else max(1, limits_of(first).stack // max(1, size))
         yield from (rows[i : i + step] for i in range(0, len(rows), step))
 
 
-def _groups(tensors: Sequence[Tensor], key: Callable[[Tensor], Hashable]) -> list[list[int]]:
-    """Indices of the tensors that share a key, in order of first appearance."""
+def _groups(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of equal keys, in order of first appearance."""
     groups = defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        groups[key(tensor)].append(i)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
     return list(groups.values())

@@ -13,10 +13,11 @@ IMPORTANCE_EPS = 1e-8
 """Added to the denominator of Eq. 7, as in the official code; the paper has no such term."""
 
 
-def component_norms(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
-    """Frobenius norm of every rank-one component.
+def component_products(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
+    """Frobenius inner products of a module's rank-one components.
 
-    ‖cᵢ bᵢ aᵢᵀ‖_F = |cᵢ| ‖aᵢ‖ ‖bᵢ‖ = |cᵢ| sqrt((A Aᵀ)ᵢᵢ (Bᵀ B)ᵢᵢ)        [numerator of Eq. 7]
+    ⟨cᵢ bᵢ aᵢᵀ, cⱼ bⱼ aⱼᵀ⟩ = cᵢ cⱼ (aᵢ·aⱼ) (bᵢ·bⱼ): the diagonal holds the squared norms of the components,
+    and all entries together add up to the squared norm of the update ΔW = Σᵢ cᵢ bᵢ aᵢᵀ.
 
     Args:
         gram_a: A Aᵀ, the inner products of the rows aᵢ of A, (..., rank, rank).
@@ -24,64 +25,75 @@ def component_norms(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
         c: one gate per component, (..., rank).
 
     Returns:
+        (..., rank, rank), symmetric.
+
+    Examples:
+        >>> ones = torch.ones(2, 2)
+        >>> component_products(ones, ones, torch.tensor([3.0, -2.0]))
+        tensor([[ 9., -6.],
+                [-6.,  4.]])
+    """
+    return gram_a * gram_b * c.unsqueeze(-1) * c.unsqueeze(-2)
+
+
+def component_norms(products: Tensor) -> Tensor:
+    """Frobenius norm of every rank-one component.
+
+    ‖cᵢ bᵢ aᵢᵀ‖_F = |cᵢ| ‖aᵢ‖ ‖bᵢ‖                                         [numerator of Eq. 7]
+
+    Args:
+        products: what ``component_products`` gives, (..., rank, rank).
+
+    Returns:
         (..., rank), never negative.
 
     Examples:
         >>> a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]])
-        >>> component_norms(a @ a.T, b.T @ b, torch.tensor([-0.5]))
+        >>> component_norms(component_products(a @ a.T, b.T @ b, torch.tensor([-0.5])))
         tensor([5.])
     """
-    squared = gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)
-    return c.abs() * squared.sqrt()
+    return products.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
-def update_norm(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
+def update_norm(products: Tensor) -> Tensor:
     """Frobenius norm of a module's whole update, without the constant scaling.
 
     ‖ΔW‖_F = ‖Σᵢ cᵢ bᵢ aᵢᵀ‖_F = sqrt(Σᵢⱼ cᵢ cⱼ (aᵢ·aⱼ) (bᵢ·bⱼ))          [denominator of Eq. 7]
 
     Args:
-        gram_a: A Aᵀ, (..., rank, rank).
-        gram_b: Bᵀ B, (..., rank, rank).
-        c: gates, (..., rank).
+        products: what ``component_products`` gives, (..., rank, rank).
 
     Returns:
         (...,), never negative; rounding below zero is cut off where components cancel.
 
     Examples:
-        >>> eye = torch.eye(2)
-        >>> update_norm(eye, eye, torch.tensor([3.0, 4.0]))
+        >>> update_norm(component_products(torch.eye(2), torch.eye(2), torch.tensor([3.0, 4.0])))
         tensor(5.)
     """
-    squared = (c.unsqueeze(-1) * c.unsqueeze(-2) * gram_a * gram_b).sum((-2, -1))
-    return squared.clamp_min(0).sqrt()
+    return products.sum((-2, -1)).clamp_min(0).sqrt()
 
 
-def component_importance(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
+def component_importance(products: Tensor) -> Tensor:
     """Share of every component in the Frobenius norm of its own module's update.
 
     sᵢ = ‖cᵢ bᵢ aᵢᵀ‖_F / (‖ΔW‖_F + 1e-8)                                   [Eq. 7; 1e-8 is ours
     and the official code's]
 
     Args:
-        gram_a: A Aᵀ, (..., rank, rank).
-        gram_b: Bᵀ B, (..., rank, rank).
-        c: gates, (..., rank).
+        products: what ``component_products`` gives, (..., rank, rank).
 
     Returns:
         (..., rank), never negative; may exceed 1 where components cancel each other.
 
     Examples:
-        >>> eye = torch.eye(2)
-        >>> component_importance(eye, eye, torch.tensor([3.0, 4.0]))
+        >>> component_importance(torch.diag(torch.tensor([9.0, 16.0])))
         tensor([0.6000, 0.8000])
     """
-    whole = update_norm(gram_a, gram_b, c).unsqueeze(-1)
-    return component_norms(gram_a, gram_b, c) / (whole + IMPORTANCE_EPS)
+    return component_norms(products) / (update_norm(products).unsqueeze(-1) + IMPORTANCE_EPS)
 
 
-def component_sensitivity(c: Tensor, gradient: Tensor) -> Tensor:
-    """First-order estimate of what the loss loses with a component.
+def component_sensitivities(c: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """First-order estimate of what the loss loses with each component.
 
     L(cᵢ = 0) − L ≈ −cᵢ ∂L/∂cᵢ, hence sᵢ = |cᵢ ∂L/∂cᵢ|
 
@@ -89,14 +101,14 @@ def component_sensitivity(c: Tensor, gradient: Tensor) -> Tensor:
     such products over every entry of its triplets.
 
     Args:
-        c: gates, (..., rank).
-        gradient: ∂L/∂c, (..., rank).
+        c: gates, one (rank,) tensor a module.
+        gradients: ∂L/∂c, the same shapes.
 
     Examples:
-        >>> component_sensitivity(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
-        tensor([1., 3.])
+        >>> component_sensitivities([torch.tensor([2.0, -1.0])], [torch.tensor([0.5, 3.0])])
+        [tensor([1., 3.])]
     """
-    return (c * gradient).abs()
+    return list(torch._foreach_abs(torch._foreach_mul(list(c), list(gradients))))
 
 
 def smooth_importance_(
@@ -118,5 +130,4 @@ def smooth_importance_(
         [tensor([0.1000, 0.2000])]
     """
     if smoothed:
-        torch._foreach_mul_(list(smoothed), beta)
-        torch._foreach_add_(list(smoothed), list(importance), alpha=1 - beta)
+        torch._foreach_lerp_(list(smoothed), list(importance), 1 - beta)

@@ -158,8 +158,16 @@ MODELS = (
         kind="model",
         what="ViT 4 x 128, 0.8 million parameters, trained here in some minutes on fashion-mnist",
         licence="Apache-2.0, on MIT-licensed pictures",
-        build=pictures.build_vit,
+        build=pictures.build_clothes_vit,
         made_from=("fashion-mnist",),
+    ),
+    Asset(
+        name="vit-mnist",
+        kind="model",
+        what="ViT 4 x 128, 0.8 million parameters, trained here in some minutes on mnist",
+        licence="Apache-2.0, on MIT-licensed pictures",
+        build=pictures.build_digits_vit,
+        made_from=("mnist",),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Small grey pictures as arrays: Fashion-MNIST, handwritten digits, and a ViT pretrained on the first."""
+"""Small grey pictures as arrays: Fashion-MNIST, handwritten digits, and a ViT pretrained on either."""
 
 import gzip
 import json
@@ -23,7 +23,6 @@ CLOTHES = (
 )  # fmt: skip
 DIGITS = tuple(str(digit) for digit in range(10))
 
-PRETRAINING_EPOCHS = 3
 BATCH = 128
 LEARNING_RATE = 1e-3
 MEAN, STD = 0.5, 0.5
@@ -63,14 +62,23 @@ def build_mnist(parts: Parts, destination: Path) -> None:
     _write(rows, destination, side=28)
 
 
-def build_vit(parts: Parts, destination: Path) -> None:
+def build_clothes_vit(parts: Parts, destination: Path) -> None:
     """A small ViT (0.8 million parameters), trained here on the pictures of Fashion-MNIST."""
-    rows = Dataset.from_parquet(str(parts["fashion-mnist"] / "train.parquet")).with_format("numpy")
+    _build_vit(parts["fashion-mnist"], destination, names=CLOTHES, epochs=3)
+
+
+def build_digits_vit(parts: Parts, destination: Path) -> None:
+    """The same ViT, trained on the digits of MNIST."""
+    _build_vit(parts["mnist"], destination, names=DIGITS, epochs=21)
+
+
+def _build_vit(data: Path, destination: Path, *, names: tuple[str, ...], epochs: int) -> None:
+    rows = Dataset.from_parquet(str(data / "train.parquet")).with_format("numpy")
     images = torch.from_numpy(np.stack(rows["image"][:]).astype(np.float32))
     labels = torch.from_numpy(np.asarray(rows["label"][:]))
     torch.manual_seed(0)
-    model = ViTForImageClassification(_vit_config())
-    _train(model, pixels_of(images), labels)
+    model = ViTForImageClassification(_vit_config(names))
+    _train(model, pixels_of(images), labels, epochs=epochs)
     model.eval().save_pretrained(destination)
 
 
@@ -79,7 +87,7 @@ def pixels_of(images: torch.Tensor) -> torch.Tensor:
     return ((images / 255 - MEAN) / STD).unsqueeze(1)
 
 
-def _vit_config() -> ViTConfig:
+def _vit_config(names: tuple[str, ...]) -> ViTConfig:
     return ViTConfig(
         image_size=28,
         patch_size=7,
@@ -88,16 +96,16 @@ def _vit_config() -> ViTConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=512,
-        id2label=dict(enumerate(CLOTHES)),
-        label2id={name: index for index, name in enumerate(CLOTHES)},
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
     )
 
 
-def _train(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+def _train(model: Any, pixels: torch.Tensor, labels: torch.Tensor, *, epochs: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    steps = PRETRAINING_EPOCHS * (len(labels) // BATCH)
+    steps = epochs * (len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for _ in range(PRETRAINING_EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(labels)).split(BATCH)[: len(labels) // BATCH]:
             loss = F.cross_entropy(model(pixels[rows]).logits, labels[rows])
             optimizer.zero_grad()
