@@ -8,6 +8,8 @@ from torch import nn
 
 from dynlora import DynLoraConfig, RankAllocator
 
+PAPER = {"init": "kaiming", "importance": "share", "dem_weight": 0.1}
+
 
 class SmallNet(nn.Module):
     """Linear layers of chosen widths with tanh between them; named ``layers.0``, ``layers.1``, …"""
@@ -34,9 +36,9 @@ def data(seed=1, rows=32, width=6, outputs=4):
 
 
 def adapted(seed=0, dtype=torch.float32, **fields):
-    """The small net with a DynLora adapter on every layer."""
+    """The small net with a DynLora adapter on every layer; start, score and DEM are the paper's."""
     net = small_net(seed=seed).to(dtype)
-    fields = {"init_r": 4, "target_r": 2, "target_modules": ["0", "1", "2"], **fields}
+    fields = {"init_r": 4, "target_r": 2, "target_modules": ["0", "1", "2"], **PAPER, **fields}
     return get_peft_model(net, DynLoraConfig(**fields))
 
 

@@ -12,8 +12,9 @@ def test_defaults_are_the_promised_ones():
     config = DynLoraConfig()
     promised = {
         "init_r": 12, "target_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "prune_start": 0.15,
-        "prune_end": 0.5, "prune_interval": 10, "ema_beta": 0.9, "dem_weight": 0.1, "revival": True,
+        "prune_end": 0.5, "prune_interval": 10, "ema_beta": 0.9, "dem_weight": 0.0, "revival": True,
         "compact": True, "total_steps": None, "init_std": None,
+        "init": "lora", "importance": "sensitivity",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in promised} == promised
     assert config.peft_type == "DYNLORA"

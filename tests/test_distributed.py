@@ -43,8 +43,10 @@ def launch(launcher, worker, *arguments, folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def single_process():
-    model, optimizer, allocator = attached(total_steps=30, target_r=1, dem_weight=0.2)
+def single_process(importance="share"):
+    model, optimizer, allocator = attached(
+        total_steps=30, target_r=1, dem_weight=0.2, importance=importance
+    )
     return train(model, optimizer, 30), allocator
 
 
@@ -61,21 +63,28 @@ def test_ddp_compacts_and_equals_one_process(tmp_path, mode):
 
 
 SHARDED = [
-    "fsdp2",
-    "fsdp1-layers",
-    pytest.param("fsdp1", marks=pytest.mark.slow),
-    *(pytest.param(f"zero{n}", marks=[pytest.mark.slow, needs_deepspeed]) for n in (1, 2, 3)),
+    ("fsdp2", "share"),
+    ("fsdp1-layers", "sensitivity"),
+    *(
+        pytest.param(*run, marks=pytest.mark.slow)
+        for run in [("fsdp2", "sensitivity"), ("fsdp1-layers", "share"), ("fsdp1", "sensitivity")]
+    ),
+    *(
+        pytest.param(f"zero{n}", importance, marks=[pytest.mark.slow, needs_deepspeed])
+        for n in (1, 2, 3)
+        for importance in ("share", "sensitivity")
+    ),
 ]
 
 
-@pytest.mark.parametrize("mode", SHARDED)
-def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode):
-    one, two = launch(TORCHRUN, "worker_processes.py", mode, folder=tmp_path)
+@pytest.mark.parametrize(("mode", "importance"), SHARDED)
+def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode, importance):
+    one, two = launch(TORCHRUN, "worker_processes.py", mode, importance, folder=tmp_path)
     assert one["ranks"] == two["ranks"]
     assert one["losses"] == two["losses"]
     assert sum(one["ranks"].values()) == 3
     assert one["stored"] == 12  # shapes are kept, the dead are masked
-    expected, allocator = single_process()
+    expected, allocator = single_process(importance)
     torch.testing.assert_close(one["losses"], expected, rtol=RTOL, atol=0)
     assert allocator.ranks() == one["ranks"]
     assert not (tmp_path / "exported1").exists()  # only the first process writes
@@ -86,7 +95,7 @@ def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp1-layers"])
 def test_a_gradient_that_is_bad_on_one_process_stops_both(tmp_path, mode):
-    for message in launch(TORCHRUN, "worker_processes.py", mode, "7", folder=tmp_path):
+    for message in launch(TORCHRUN, "worker_processes.py", mode, "share", "7", folder=tmp_path):
         assert message.startswith("FloatingPointError: NaN or infinite gradient at step 8 in ")
 
 

@@ -12,7 +12,7 @@ from dynlora import DynLoraConfig, RankAllocator, allocation
 from dynlora.adapter.components import find_gated_layers
 from dynlora.measures import component_sizes
 from dynlora.moments import forget_pruned_
-from small_net import adamw, adapted, attached, small_net, train
+from small_net import PAPER, adamw, adapted, attached, small_net, train
 
 
 def dense_norms(model):
@@ -139,7 +139,9 @@ def test_a_budget_in_parameters_is_a_lora_of_the_same_size():
 
 def uneven():
     """Two modules whose components differ in size, 12 and 46 numbers."""
-    config = DynLoraConfig(target_modules=["0", "1"], init_r=6, target_r=3, budget="parameters")
+    config = DynLoraConfig(
+        target_modules=["0", "1"], init_r=6, target_r=3, budget="parameters", **PAPER
+    )
     model = get_peft_model(small_net((6, 6, 40)), config)
     optimizer = adamw(model)
     return model, optimizer, RankAllocator(model, optimizer, total_steps=20)

@@ -86,7 +86,12 @@ def test_scores_of_modules_of_many_shapes_and_ranks_equal_the_reference():
     model = get_peft_model(
         net,
         DynLoraConfig(
-            target_modules=names, init_r=3, target_r=2, rank_pattern={"3": 5}, ema_beta=0.75
+            target_modules=names,
+            init_r=3,
+            target_r=2,
+            rank_pattern={"3": 5},
+            ema_beta=0.75,
+            importance="share",
         ),
     )
     _, allocator = with_gradients(model)
@@ -118,7 +123,7 @@ def test_a_and_b_of_one_length_share_a_stack():
 
 @pytest.mark.parametrize(
     ("fields", "bound"),
-    [({}, 35), ({"dem_weight": 0}, 20), ({"dem_weight": 0, "importance": "sensitivity"}, 10)],
+    [({"preset": "paper"}, 35), ({"importance": "share"}, 20), ({}, 10)],
 )
 def test_an_accelerator_launches_few_kernels_for_all_of_roberta(fields, bound):
     shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]

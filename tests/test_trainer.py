@@ -351,7 +351,7 @@ def test_resuming_with_another_number_of_steps_is_refused(tmp_path):
     ("fields", "message"),
     [
         ({"target_r": 3}, "(target_components=9 differs from|target_r=3 asks for 9 components)"),
-        ({"dem_weight": 0.0}, "dem_weight=0.0 differs"),
+        ({"dem_weight": 0.3}, "dem_weight=0.3 differs"),
         ({"lora_alpha": 99}, "scaling=24.75 of module 'net.layers.0' differs"),
         ({"init_r": 5}, "scaling=1.6 of module 'net.layers.0' differs"),
         ({"target_modules": ["0", "1"], "target_r": 3}, r"modules differ: .*\['net.layers.2'\]"),

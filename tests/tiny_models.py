@@ -17,6 +17,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from dynlora import DynLoraConfig, RankAllocator
+from small_net import PAPER
 
 VOCABULARY = 40
 
@@ -148,8 +149,11 @@ def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None):
 
 
 def config(**fields):
-    """A small budget, and ranks so scarce that some module ends at 0."""
-    defaults = {"init_r": 4, "target_r": 1, "prune_interval": 2, "target_modules": "all-linear"}
+    """A small budget, and ranks so scarce that some module ends at 0, but only at the freeze."""
+    defaults = {
+        "init_r": 4, "target_r": 1, "prune_interval": 2, "target_modules": "all-linear",
+        **PAPER,
+    }  # fmt: skip
     return DynLoraConfig(**{**defaults, **fields})
 
 

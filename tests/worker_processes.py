@@ -1,6 +1,6 @@
 """One of two processes that train the small net together; run by test_distributed.py.
 
-``torchrun --nproc-per-node 2 worker_processes.py MODE FOLDER`` saves what each process saw.
+``torchrun --nproc-per-node 2 worker_processes.py MODE FOLDER IMPORTANCE`` saves what each process saw.
 """
 
 import os
@@ -94,10 +94,10 @@ def trained(mode, model, spoil=None):
     return allocator, wrapped, losses
 
 
-def main(mode, folder, spoil=None):
+def main(mode, folder, importance="share", spoil=None):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group("gloo")
-    model = adapted(target_r=1, dem_weight=0.2)
+    model = adapted(target_r=1, dem_weight=0.2, importance=importance)
     try:
         allocator, wrapped, losses = trained(mode, model, spoil and int(spoil))
     except (FloatingPointError, ValueError) as error:

@@ -23,7 +23,7 @@ from dynlora.optimizer_state import CannotShrinkError
 from dynlora.parameter_budget import fitting
 from dynlora.preflight import check_optimizer, check_shards, known_total_steps, target_components
 from dynlora.progress import KEPT_FIELDS, STATE_VERSION, check_model, check_state
-from dynlora.scoring import Score, add_dem_gradients_, chosen_score
+from dynlora.scoring import ImportanceScore, Score, add_dem_gradients_
 from dynlora.stepping import attach, is_inner_step, loss_scale, once_computed, steppable
 
 
@@ -68,7 +68,7 @@ class RankAllocator:
     ) -> None:
         self.model = model
         self.adapter, self.config = find_config(model, adapter)
-        self.score = score or chosen_score(self.config)
+        self.score = score or ImportanceScore(self.config)
         self.layers = find_gated_layers(model, self.adapter)
         if not is_trainable(self.layers):
             raise ValueError(
@@ -243,7 +243,11 @@ class RankAllocator:
         # a scaled step is checked, and skipped, by its scaler
         if scale is None and can_look(self.layers):
             check_gradients(self.layers, step=self.step + 1)
-        if self.is_frozen or self.config.dem_weight == 0:
+        if self.is_frozen:
+            return
+        if isinstance(self.score, ImportanceScore):
+            self.score.before_step(self.layers, scale)
+        if self.config.dem_weight == 0:
             return
         add_dem_gradients_(
             self.layers, factor=self.config.dem_weight / self.num_components, grad_scale=scale

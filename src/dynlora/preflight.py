@@ -69,14 +69,13 @@ def check_shards(config: DynLoraConfig, layers: Sequence[GatedLayer]) -> None:
     """Refuse options that FSDP1 and DeepSpeed cannot serve.
 
     Raises:
-        ValueError: gradients or optimizer state would be read that are not kept whole there.
+        ValueError: optimizer state would be changed that is not kept whole there.
     """
     present = [m for m in layers if not m.is_dropped]
     if not present or not needs_full_gradient(present[0].gate):
         return
-    for name, chosen in (("importance", "sensitivity"), ("forget_pruned", True)):
-        if getattr(config, name) == chosen:
-            raise ValueError(
-                f"{name}={chosen!r} reads gradients or optimizer state after the step, which FSDP1 and "
-                "DeepSpeed do not keep whole. Use FSDP2 or DDP, or leave the field at its default."
-            )
+    if config.forget_pruned:
+        raise ValueError(
+            "forget_pruned=True changes optimizer state that FSDP1 and DeepSpeed do not keep whole. Use "
+            "FSDP2 or DDP, or leave the field out."
+        )

@@ -16,6 +16,9 @@ KEPT_FIELDS = (
 _SAME_SCALING = 1e-6
 """Relative; a scaling rebuilt as alpha / rank may differ from the first one in its last bit."""
 
+_SILENT_STEPS = 3
+"""With B = 0 and a warm-up from 0 the gates receive no gradient at first, so that all scores may be 0."""
+
 
 def check_state(state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Refuse a state that is damaged, another version's, or made for another plan.
@@ -65,7 +68,7 @@ def check_model(state: Mapping[str, Any], layers: Sequence[GatedLayer]) -> None:
             f"model holds {live} live components, the interrupted run was frozen at "
             f"{frozen_at}: load the adapter weights of that run's checkpoint first."
         )
-    if state["step"] and not any(bool(m.ema.any()) for m in layers):
+    if state["step"] > _SILENT_STEPS and not any(bool(m.ema.any()) for m in layers):
         raise ValueError(
             "model holds no importance scores: load the checkpoint's adapter weights, with their "
             "lora_ema buffers, before the allocator's state."

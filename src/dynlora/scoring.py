@@ -17,6 +17,7 @@ from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.sharding import (
     add_gradient_,
+    full_gradient,
     full_shape,
     is_sharded,
     needs_full_gradient,
@@ -49,23 +50,53 @@ Score = Callable[[Sequence[GatedLayer], int], None]
 is that of the steps done."""
 
 
-def chosen_score(config: DynLoraConfig) -> Score:
-    """The score that the config names: its importance, smoothed (Eq. 8).
+class ImportanceScore:
+    """The importance that the config names, smoothed (Eq. 8).
 
     Where looking costs nothing, importance that is not finite is refused before it is smoothed.
     """
-    present = _norm_scores if config.importance in _OF_PRODUCTS else _gate_scores
+
+    def __init__(self, config: DynLoraConfig) -> None:
+        self.importance, self.beta = config.importance, config.ema_beta
+        self._gathered: dict[str, Tensor | None] = {}  # gradients of gates, by module
+
+    def before_step(self, layers: Sequence[GatedLayer], grad_scale: Tensor | float | None) -> None:
+        """Take gradients that do not outlive the step (FSDP1, ZeRO), if the importance reads them.
+
+        Args:
+            layers: the gated layers of a model, none of them dropped.
+            grad_scale: what the gradients are multiplied by; None for 1.
+        """
+        if self.importance != "sensitivity" or not needs_full_gradient(layers[0].gate):
+            return
+        self._gathered = {m.name: full_gradient(m.gate) for m in layers}
+        if grad_scale is not None:
+            for gradient in self._gathered.values():
+                if gradient is not None:
+                    gradient.div_(grad_scale)
 
     @torch.no_grad()
-    def score(layers: Sequence[GatedLayer], step: int) -> None:
+    def __call__(self, layers: Sequence[GatedLayer], step: int) -> None:
+        """Smooth the importance after a step into ``ema`` of each layer."""
         emas = [m.ema for m in layers]
-        found = [s for block in _blocks(layers) for s in present(block, config.importance)]
+        found = [s for block in _blocks(layers) for s in self._present(block)]
         if can_look(layers):
             check_importance([m.name for m in layers], found, step=step)
         scores = [s.to(e.dtype) for s, e in zip(found, emas, strict=True)]
-        allocation.smooth_importance_(emas, scores, beta=config.ema_beta)
+        allocation.smooth_importance_(emas, scores, beta=self.beta)
 
-    return score
+    def _present(self, layers: Sequence[GatedLayer]) -> list[Tensor]:
+        if self.importance in _OF_PRODUCTS:
+            return _product_scores(layers, self.importance)
+        gates = [whole(m.gate).detach() for m in layers]
+        if self.importance == "gate":
+            return list(torch._foreach_abs(gates))
+        gathered = self._gathered or {m.name: full_gradient(m.gate) for m in layers}
+        gradients = [
+            torch.zeros_like(c) if (gradient := gathered[m.name]) is None else gradient
+            for m, c in zip(layers, gates, strict=True)
+        ]
+        return allocation.component_sensitivities(gates, gradients)
 
 
 def _blocks(layers: Sequence[GatedLayer]) -> Iterator[list[GatedLayer]]:
@@ -89,7 +120,7 @@ _OF_PRODUCTS = {
 }
 
 
-def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
+def _product_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
     """Importance of every component from Gram matrices, one (rank,) tensor a module."""
     of_products = _OF_PRODUCTS[importance]
     factors = [m.parameters for m in layers]
@@ -106,18 +137,6 @@ def _norm_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
     if importance == "norm":
         return list(torch._foreach_mul(found, [m.scaling for m in layers]))
     return found
-
-
-def _gate_scores(layers: Sequence[GatedLayer], importance: str) -> list[Tensor]:
-    """Importance of every component from its gate, and its gradient, alone."""
-    gates = [whole(m.gate).detach() for m in layers]
-    if importance == "gate":
-        return list(torch._foreach_abs(gates))
-    gradients = [
-        torch.zeros_like(c) if m.gate.grad is None else whole(m.gate.grad)
-        for m, c in zip(layers, gates, strict=True)
-    ]
-    return allocation.component_sensitivities(gates, gradients)
 
 
 Factor = tuple[Tensor, int]

@@ -45,6 +45,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What the paper and its code set; dem_weight and prune_interval vary by task there."""
 
+_BEST: dict[str, Any] = {"importance": "sensitivity", "init": "lora", "dem_weight": 0.0}
+"""Fields that are None until a preset or this table fills them, so that a value given always stays."""
+
 _REFUSED = {
     "use_dora": "weight-decomposed DoRA (NVIDIA) is another method",
     "use_qalora": "QA-LoRA pools the inputs of A",
@@ -99,22 +102,22 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1].
         prune_interval: optimizer steps between two prunings, at least 1.
         ema_beta: β of Eq. 8, weight of the past in the smoothed importance, in [0, 1).
-        dem_weight: η of Eq. 10, weight of the DEM penalty until the freeze, 0 or more; 0 is off.
+        dem_weight: η of Eq. 10, weight of the DEM penalty until the freeze, 0 or more; 0, which is off, if
+            not given.
         revival: whether a pruned component may come back before the freeze, through the gradient of
             its gate (the paper's rule); False makes every cut final.
         compact: whether dead components are removed from modules, gradients and optimizer at the
             freeze; False keeps shapes and holds their gates at 0 until ``finalize_``.
         total_steps: optimizer steps of the run; needed only where neither the Trainer nor the call
             of RankAllocator says it.
-        init_std: None draws A and B as the official code does (Kaiming uniform, a = 0); a number
-            draws both from N(0, init_std²). The gate c starts at 0 in both cases.
-        init: where init_std is None: ``kaiming`` is the official code's (a = 0: B's elements have the
-            variance 2 / init_r, hundreds of times A's); ``kaiming-lora`` is LoRA's Kaiming (a = √5) for
-            both, a sixth of that variance; ``lora`` starts as LoRA does, A by its Kaiming and B = 0,
-            with gates of 1, and trains at LoRA's learning rates.
-        importance: what components are ranked by. ``share``: Eq. 7, their share of their module's
-            update. ``norm``: the norm of their own update, so that modules that change more keep more.
-            ``gate``: abs(c) alone. ``sensitivity``: abs(c · ∂L/∂c), what the loss would lose.
+        init_std: a number draws A and B from N(0, init_std²), with gates of 0; None leaves it to ``init``.
+        init: where init_std is None. ``lora``, the default, starts as LoRA does, A by its Kaiming and
+            B = 0, with gates of 1, and trains at LoRA's learning rates. ``kaiming`` is the official code's
+            (a = 0: B's elements have the variance 2 / init_r, hundreds of times A's), ``kaiming-lora``
+            LoRA's Kaiming (a = √5) for both, a sixth of that variance; both with gates of 0.
+        importance: what components are ranked by. ``sensitivity``, the default: abs(c · ∂L/∂c), what the
+            loss would lose. ``share``: Eq. 7, their share of their module's update. ``norm``: the norm of
+            their own update, so that modules that change more keep more. ``gate``: abs(c) alone.
         schedule: ``slow-fast``, Eq. 9, cuts most at the end of the window, when scores are ripe;
             ``fast-slow``, AdaLoRA's cubic, leaves the survivors more steps at their final ranks.
         budget: what target_r counts: ``components``, or ``parameters``: as many numbers as a LoRA of
@@ -158,7 +161,8 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         default=0.9, metadata={"help": "Weight of the past in the smoothed importance."}
     )
     dem_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the variance penalty until the freeze."}
+        default=None,  # type: ignore[assignment]  # filled in __post_init__
+        metadata={"help": "Weight of the variance penalty until the freeze; 0 if not given."},
     )
     revival: bool = field(
         default=True, metadata={"help": "Pruned components may come back before the freeze."}
@@ -172,9 +176,13 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     init_std: float | None = field(
         default=None, metadata={"help": "Draw A and B from N(0, init_std^2); None: Kaiming."}
     )
-    init: Init = field(default="kaiming", metadata={"help": "How A, B and the gates start."})
+    init: Init = field(
+        default=None,  # type: ignore[arg-type]  # filled in __post_init__
+        metadata={"help": "How A, B and the gates start; lora if not given."},
+    )
     importance: Importance = field(
-        default="share", metadata={"help": "What components are ranked by."}
+        default=None,  # type: ignore[arg-type]  # filled in __post_init__
+        metadata={"help": "What components are ranked by; sensitivity if not given."},
     )
     schedule: Schedule = field(
         default="slow-fast", metadata={"help": "Cut slowly first, or fast first."}
@@ -199,8 +207,8 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
                 f"r={self.r} must not be given: dynlora trains with a rank budget. Set target_r (mean "
                 "rank at the end) and, if you like, init_r (rank at the start)."
             )
-        self._check_choices()
         self._apply_preset()
+        self._check_choices()
         self._check_ranks()
         self._check_schedule()
         self._check_variants()
@@ -241,7 +249,7 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
 
     def _apply_preset(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, value in PRESETS.get(self.preset or "", {}).items():
+        for name, value in (_BEST | PRESETS.get(self.preset or "", {})).items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
 

@@ -61,13 +61,26 @@ def flat_shape(parameter: Tensor) -> torch.Size:
 def gather_flat(parameter: Tensor) -> Tensor:
     """The full parameter, on every process (a collective call)."""
     handle, _ = _places[parameter]
-    shape = flat_shape(parameter)
-    if parameter.shape == shape and not handle.uses_sharded_strategy:
+    if parameter.shape == flat_shape(parameter) and not handle.uses_sharded_strategy:
         return parameter
-    full = parameter.new_zeros(shape.numel())
+    return _gathered(parameter, parameter.detach())
+
+
+def gather_flat_gradient(parameter: Tensor) -> Tensor:
+    """The full gradient of the parameter, on every process (a collective call); 0 where it has none."""
+    part = parameter.grad
+    return _gathered(parameter, torch.zeros_like(parameter) if part is None else part)
+
+
+def _gathered(parameter: Tensor, part: Tensor) -> Tensor:
+    handle, _ = _places[parameter]
+    shape = flat_shape(parameter)
+    if not handle.uses_sharded_strategy:
+        return part
+    full = part.new_zeros(shape.numel())
     local = local_slice(parameter)
     if local is not None:
-        full[local] = parameter.detach().flatten()
+        full[local] = part.flatten()
     dist.all_reduce(full, group=handle.process_group)
     return full.view(shape)
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dynlora.adapter.flat_shards import flat_shape, gather_flat, is_flat_shard, local_part
+from dynlora.adapter.flat_shards import (
+    flat_shape,
+    gather_flat,
+    gather_flat_gradient,
+    is_flat_shard,
+    local_part,
+)
 from dynlora.adapter.zero import (
     full_zero_gradient,
     gather_zero,
@@ -69,6 +75,15 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
+def full_gradient(parameter: Tensor) -> Tensor | None:
+    """The whole gradient the next step will use, on every process (a collective call), None for none."""
+    if is_flat_shard(parameter):
+        return gather_flat_gradient(parameter)
+    gradient = full_zero_gradient(parameter) if is_zero_parameter(parameter) else parameter.grad
+    return gradient if gradient is None else whole(gradient)
+
+
+@torch.no_grad()
 def add_gradient_(parameter: Tensor, full: Tensor) -> None:
     """Add ``full``, equal on every process, to the gradient of a flat or ZeRO parameter."""
     if is_zero_parameter(parameter):
@@ -83,5 +98,5 @@ def add_gradient_(parameter: Tensor, full: Tensor) -> None:
 
 
 def needs_full_gradient(parameter: Tensor) -> bool:
-    """Whether a gradient must be computed on the full tensor and added with ``add_gradient_``."""
+    """Whether gradients are read and changed before the step only, whole, by functions of this module."""
     return is_flat_shard(parameter) or is_zero_parameter(parameter)

@@ -32,7 +32,8 @@ def warm_start_(
         adapter: which one; may be left out if there is only one.
         target_r: mean live rank per module at the end; see DynLoraConfig.
         fields: other fields of DynLoraConfig's own (prune_start, dem_weight, …). The LoRA's fields
-            are kept.
+            are kept. ``importance`` is ``share`` if not given: in a trained LoRA gradients are small,
+            and sensitivity tells little.
 
     Returns:
         The adapter's new config; ``init_r`` is the LoRA's rank.
@@ -46,6 +47,7 @@ def warm_start_(
     kept = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.init}
     kept = {k: v for k, v in kept.items() if k in own and k not in {"r", "peft_type"}}
     kept["init_lora_weights"] = True  # how the LoRA once started is history
+    fields = {"importance": "share", **fields}
     config = DynLoraConfig(**kept, init_r=plain.r, target_r=target_r, **fields)
     for _, layer in _lora_layers(model, adapter):
         gate = attach_gate_(layer, adapter, identity=False, init_std=None, fused=config.fused)

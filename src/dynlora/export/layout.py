@@ -95,6 +95,16 @@ def kind_of(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+def stage_of(name: str) -> str | None:
+    """The first of several numbers in a module's name: stages of one model may differ in width.
+
+    >>> stage_of("down_blocks.1.attentions.0.to_q"), stage_of("model.layers.11.mlp.up_proj")
+    ('1', None)
+    """
+    numbers: list[str] = re.findall(r"\d+", name)
+    return numbers[0] if len(numbers) > 1 else None
+
+
 def _shape_of(
     name: str, adapter: PlainAdapter, shapes: Shapes
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -103,15 +113,15 @@ def _shape_of(
     alike = {
         (tuple(a.shape[1:]), (b.shape[0], *b.shape[2:]))
         for other, (a, b) in adapter.factors.items()
-        if kind_of(other) == kind_of(name)
+        if kind_of(other) == kind_of(name) and stage_of(other) == stage_of(name)
     }
     if len(alike) == 1:
         return alike.pop()
     if name in shapes:
         return shapes[name]
     raise ValueError(
-        f"module {name!r} fell to rank 0 and no other module tells its shape; name the base model's "
-        "folder (base=..., --base) to pad it with zeros."
+        f"module {name!r} fell to rank 0 and no other module surely has its shape; name the base "
+        "model's folder (base=..., --base) to pad it with zeros."
     )
 
 

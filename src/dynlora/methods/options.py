@@ -42,12 +42,12 @@ class AdapterOptions:
     prune_end: float = 0.5
     prune_interval: int = 10
     ema_beta: float = 0.9
-    dem_weight: float = 0.1
+    dem_weight: float = 0.0
     revival: bool = True
     compact: bool = True
     init_std: float | None = None
-    init: Init = "kaiming"
-    importance: Importance = "share"
+    init: Init = "lora"
+    importance: Importance = "sensitivity"
     schedule: Schedule = "slow-fast"
     budget: Budget = "components"
     forget_pruned: bool = False
