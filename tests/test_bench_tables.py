@@ -52,6 +52,18 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert (found["wins"], found["losses"]) == (2, 1)
 
 
+def test_each_method_is_compared_with_each_other_in_both_directions(tmp_path):
+    summary = summarise(finished(tmp_path))
+    found = {(d["method"], d["against"]): d["difference"] for d in summary["duels"]}
+    assert set(found) == {("lora", "dynlora"), ("dynlora", "lora")}
+    forth, back = found["dynlora", "lora"], found["lora", "dynlora"]
+    assert forth["mean"] == pytest.approx(-back["mean"])
+    overall = {entry["method"]: entry["difference"] for entry in summary["overall"]}
+    assert forth == overall["dynlora"]
+    text = rendered(tmp_path)["README.md"]
+    assert f"| lora | - | {back['mean']:+.2f} [" in text
+
+
 def test_a_difference_is_positive_where_the_method_is_better_though_lower(tmp_path):
     folder = finished(tmp_path, run=lambda c: result(c, score(c), is_better_higher=False))
     summary = summarise(folder)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from dynlora.bench.text_tables import (
     cost_table,
     difference_table,
+    duel_table,
     has_best_epoch,
     provenance_text,
     published_source,
@@ -92,6 +93,12 @@ def as_html(summary: Mapping[str, Any]) -> str:
                 "Mean over seeds and 95 % bootstrap interval; right of the line is better.",
                 _differences(summary),
                 *difference_table(summary),
+            ),
+            (
+                "Each method against each other",
+                "Mean of tasks: row minus column, with the interval.",
+                "",
+                *duel_table(summary),
             ),
             ("Ranks over tasks", ranking_text(summary), _ranks(summary), [], []),
             ("Where the ranks went", "Modules by final rank.", "", *rank_table(summary)),

@@ -20,9 +20,10 @@ def summarise(folder: Path) -> dict[str, Any]:
 
     Returns:
         suite, baseline, cells (done, failed, planned), tasks (name, metric, is_better_higher, scale,
-        baselines), methods, rows (task by method), overall (by method), ranking, sweep (value by
+        baselines), methods, rows (task by method), overall (by method), duels (method by method,
+        over all tasks), ranking, sweep (value by
         learning rate), provenance. Scores are multiplied by the task's scale; differences are positive
-        where a method is better than the baseline, of the last epoch.
+        where a method is better than the baseline, or than the other one, of the last epoch.
     """
     suite, results = read_suite_file(folder), read_results(folder)
     wanted = {cell.key for cell in wanted_cells(suite, results)}
@@ -46,6 +47,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "methods": list(suite.methods),
         "rows": rows,
         "overall": [_overall(suite, used, rows, method) for method in suite.methods],
+        "duels": _duels(suite, used),
         "ranking": _ranking(suite, rows, signs),
         "sweep": _sweep(suite, done),
         "published": suite.published,
@@ -66,7 +68,7 @@ def _row(suite: Suite, results: Mapping[str, Result], task: str, method: str) ->
         ]
         mean, deviation = spread(values) if values else (None, None)
         row |= {kind: mean, f"{kind}_std": deviation}
-    differences = _differences(suite, results, task, method)
+    differences = _differences(suite, results, task, method, suite.baseline)
     row["difference"] = asdict(paired([differences])) if differences else None
     row["cost"] = _cost(found)
     row["modules_by_rank"] = _modules_by_rank(found)
@@ -78,8 +80,7 @@ def _overall(
 ) -> dict[str, Any]:
     """One method over the tasks that it and the baseline have."""
     mine = [r for r in rows if r["method"] == method and r["final"] is not None]
-    groups = [_differences(suite, results, task, method) for task in suite.tasks]
-    groups = [g for g in groups if g]
+    groups = _groups(suite, results, method, suite.baseline)
     return {
         "method": method,
         "tasks": len(mine),
@@ -87,6 +88,27 @@ def _overall(
         "final": fmean(r["final"] for r in mine) if mine else None,
         "difference": asdict(paired(groups)) if groups else None,
     }
+
+
+def _duels(suite: Suite, results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """Each method against each other one, over the tasks and seeds that both have."""
+    pairs = {
+        (method, other): _groups(suite, results, method, other)
+        for method in suite.methods
+        for other in suite.methods
+    }
+    return [
+        {"method": method, "against": other, "difference": asdict(paired(groups))}
+        for (method, other), groups in pairs.items()
+        if groups
+    ]
+
+
+def _groups(
+    suite: Suite, results: Mapping[str, Result], method: str, other: str
+) -> list[list[float]]:
+    groups = [_differences(suite, results, task, method, other) for task in suite.tasks]
+    return [group for group in groups if group]
 
 
 def _by_seed(
@@ -107,13 +129,13 @@ def _by_seed(
 
 
 def _differences(
-    suite: Suite, results: Mapping[str, Result], task: str, method: str
+    suite: Suite, results: Mapping[str, Result], task: str, method: str, other: str
 ) -> list[float]:
-    """Method minus baseline after the last epoch, seed by seed; [] for the baseline itself."""
-    if method == suite.baseline:
+    """Method minus the other one after the last epoch, seed by seed; [] for one and the same."""
+    if method == other:
         return []
     mine = _by_seed(suite, results, task, method)
-    base = _by_seed(suite, results, task, suite.baseline)
+    base = _by_seed(suite, results, task, other)
     both = [seed for seed in mine if seed in base]
     return [
         _scale(suite, task)

@@ -65,6 +65,9 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
         "Seed by seed, positive is better; in brackets the 95 % bootstrap interval of the mean over "
         "these seeds (and, for the mean, these tasks); wins:losses with the p of an exact sign test.",
         markdown_table(*difference_table(summary)),
+        "## Each method against each other",
+        "Mean of tasks: row minus column, with the interval.",
+        markdown_table(*duel_table(summary)),
         "## Ranks over tasks",
         ranking_text(summary),
         "## Where the ranks went",
@@ -175,6 +178,16 @@ def difference_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[s
     return head, rows
 
 
+def duel_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a method a line and a column, the mean over all tasks in each place."""
+    methods = summary["methods"]
+    found = {(d["method"], d["against"]): d["difference"] for d in summary["duels"]}
+    rows = [
+        [row, *(_with_interval(found.get((row, column))) for column in methods)] for row in methods
+    ]
+    return ["method", *methods], rows
+
+
 def cost_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: one line per task and method."""
     head = ["task", "method", "parameters, start", "end", "seconds", "MiB"]
@@ -260,11 +273,18 @@ def difference_text(difference: Mapping[str, Any] | None) -> str:
     """``+0.84 [+0.10, +1.60] 4:1, p 0.38``."""
     if difference is None:
         return NONE
+    score = f"{difference['wins']}:{difference['losses']}, p {difference['sign_p']:.2g}"
+    return f"{_with_interval(difference)} {score}"
+
+
+def _with_interval(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return NONE
     text = f"{difference['mean']:+.2f}"
     if difference["interval"]:
         low, high = difference["interval"]
         text += f" [{low:+.2f}, {high:+.2f}]"
-    return f"{text} {difference['wins']}:{difference['losses']}, p {difference['sign_p']:.2g}"
+    return text
 
 
 def _rows_by_place(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
