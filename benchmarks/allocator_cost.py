@@ -9,7 +9,7 @@ extrapolated from one and two layers by the model time = fixed + layers x slope.
 
 import itertools
 import statistics
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from arms import FOREVER, PLAIN_BEFORE, adamw, open_gates_, step_arms
@@ -28,6 +28,9 @@ MODULES = (10, 100, 1000, 10_000)
 MULTI_TENSOR = 60  # tensors that one launch of a foreach kernel serves, roughly
 
 Sizes = list[tuple[int, int]]  # (in, out) of every adapted module
+Preset = Literal["paper"] | None
+
+SETTINGS: dict[Preset, str] = {None: "defaults", "paper": "the paper's settings"}
 
 
 def layer_sizes(shape: Shape) -> Sizes:
@@ -42,11 +45,11 @@ def layer_sizes(shape: Shape) -> Sizes:
     ]
 
 
-def allocator_of(sizes: Sizes, rank: int, device: str) -> RankAllocator:
-    """An allocator over modules of these sizes, all with gradients."""
+def allocator_of(sizes: Sizes, rank: int, device: str, preset: Preset = "paper") -> RankAllocator:
+    """An allocator over modules of these sizes, all with gradients; the paper's settings cost most."""
     bases = [nn.utils.skip_init(nn.Linear, i, o, bias=False, device=device) for i, o in sizes]
     names = [str(i) for i in range(len(sizes))]
-    config = DynLoraConfig(init_r=rank, target_r=rank / 2, target_modules=names)
+    config = DynLoraConfig(init_r=rank, target_r=rank / 2, target_modules=names, preset=preset)
     model = open_gates_(get_peft_model(nn.Sequential(*bases), config))
     allocator = RankAllocator(model, adamw(model), total_steps=FOREVER)
     for parameter in model.parameters():
@@ -76,13 +79,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_launches(sizes: Sizes, rank: int) -> int:
+def count_launches(sizes: Sizes, rank: int, preset: Preset) -> int:
     """Operations of one allocator step, views not counted, as an accelerator would run them.
 
     They are counted on tensors without data, which take every branch an accelerator takes, and where
     waiting for a number raises.
     """
-    allocator = allocator_of(sizes, rank, "meta")
+    allocator = allocator_of(sizes, rank, "meta", preset)
     with Launches() as launches:
         allocator_step(allocator)
     return launches.count
@@ -106,9 +109,9 @@ def peak_temporary_bytes(allocator: RankAllocator, device: str) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def describe(sizes: Sizes, rank: int, options: Any) -> dict[str, Any]:
+def describe(sizes: Sizes, rank: int, options: Any, preset: Preset = "paper") -> dict[str, Any]:
     """Time, operations and temporaries of one allocator step."""
-    allocator = allocator_of(sizes, rank, options.device)
+    allocator = allocator_of(sizes, rank, options.device, preset)
     allocator_step(allocator)
     times = [
         seconds(lambda: allocator_step(allocator), options.device) for _ in range(options.rounds)
@@ -118,22 +121,27 @@ def describe(sizes: Sizes, rank: int, options: Any) -> dict[str, Any]:
         "rank": rank,
         "adapter_bytes": sum(4 * rank * (i + o) for i, o in sizes),
         "seconds": statistics.median(times),
-        "launches": count_launches(sizes, rank),
+        "launches": count_launches(sizes, rank, preset),
         "peak_temporary_bytes": peak_temporary_bytes(allocator, options.device),
     }
 
 
-def share_of_a_step(case: StepCase, options: Any) -> dict[str, Any]:
+def share_of_a_step(case: StepCase, options: Any, preset: Preset) -> dict[str, Any]:
     """Allocator time over step time; both from the same layers, taking turns."""
     arms = step_arms(case, options.device)
-    allocator = allocator_of(layer_sizes(case.shape) * case.layers, case.init_r, options.device)
+    sizes = layer_sizes(case.shape) * case.layers
+    allocator = allocator_of(sizes, case.init_r, options.device, preset)
     times = interleaved(
         {"step": arms[PLAIN_BEFORE], "allocator": lambda: allocator_step(allocator)},
         rounds=options.rounds,
         device=options.device,
     )
     shares = [a / s for a, s in zip(times["allocator"], times["step"], strict=True)]
-    return {"case": case.name, "share": statistics.median(shares), "worst": max(shares)}
+    return {
+        "case": f"{case.name}, {SETTINGS[preset]}",
+        "share": statistics.median(shares),
+        "worst": max(shares),
+    }
 
 
 def extrapolated(shape: Shape, rank: int, options: Any) -> dict[str, Any]:
@@ -158,12 +166,14 @@ def main() -> None:
     """Measure and write."""
     options = arguments(__doc__ or "")
     shares = [
-        share_of_a_step(StepCase(ROBERTA, 1, 16, 128), options),
-        share_of_a_step(StepCase(LLAMA_1B, 1, 1, 256), options),
+        share_of_a_step(case, options, preset)
+        for preset in SETTINGS
+        for case in (StepCase(ROBERTA, 1, 16, 128), StepCase(LLAMA_1B, 1, 1, 256))
     ]
     print(shares)
     whole = {
-        shape.name: describe(layer_sizes(shape) * shape.depth, 12, options)
+        f"{shape.name}, {setting}": describe(layer_sizes(shape) * shape.depth, 12, options, preset)
+        for preset, setting in SETTINGS.items()
         for shape in (ROBERTA, LLAMA_1B)
     }
     print(whole)
