@@ -128,6 +128,19 @@ def whole_run(result: dict[str, Any]) -> str:
     return f"{result['case']}\n\n{table(head, rows)}"
 
 
+def shared_input(result: dict[str, Any]) -> str:
+    """Three modules of one input: time over that of the modules without adapters."""
+    names = list(dict.fromkeys(name for case in result["cases"] for name in case["arms"]))
+    rows = [
+        (
+            case["case"],
+            *(f"{case['arms'][n]['to_floor']:.2f}" if n in case["arms"] else "-" for n in names),
+        )
+        for case in result["cases"]
+    ]
+    return table(("÷ floor", *names), rows)
+
+
 def plot(result: dict[str, Any], name: str) -> None:
     """Allocator time against modules, rank and width, on logarithmic axes."""
     from matplotlib.figure import Figure  # only here: tables need no plotting
@@ -154,7 +167,12 @@ def source(record: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"step_cost": step_cost, "allocator_cost": allocator_cost, "whole_run": whole_run}
+TABLES = {
+    "step_cost": step_cost,
+    "allocator_cost": allocator_cost,
+    "whole_run": whole_run,
+    "shared_input": shared_input,
+}
 
 
 def rendered(text: str) -> str:
