@@ -1,9 +1,12 @@
 """Scoring and DEM cost little: few operations, small temporaries, no waiting for the device."""
 
+import itertools
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
@@ -147,6 +150,19 @@ def test_no_temporary_exceeds_a_megabyte(dtype):
     size = sum(p.numel() * 4 for m in allocator.layers for p in m.parameters)
     watch = one_step(allocator, Watch(tensors_of(allocator)))
     assert 0 < watch.largest <= ON_CPU.stack < size / 8
+
+
+def test_all_temporaries_together_stay_below_a_megabyte():
+    shapes = {"width": 768, "out": 768, "init_r": 12, "target_r": 8, "preset": "paper"}
+    _, allocator = with_gradients(many(48, **shapes))
+    one_step(allocator, Watch())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        one_step(allocator, Watch())
+    changes = [
+        event.nbytes() for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]  # fmt: skip
+    assert 0 < max(itertools.accumulate(changes)) < 1e6
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ class Limits(NamedTuple):
     grams: int  # the Gram matrices held at once, in fp32
 
 
-ON_CPU = Limits(stack=750_000, grams=100_000)
-"""Temporaries stay below 1 MB."""
+ON_CPU = Limits(stack=375_000, grams=100_000)
+"""Temporaries stay below 1 MB: stacking transposed factors takes as much again."""
 
 ON_ACCELERATOR = Limits(stack=64_000_000, grams=8_000_000)
 """The update of a foreach optimizer needs as much; an adapter of 32 MB is scored in one go."""
