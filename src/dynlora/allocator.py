@@ -31,25 +31,23 @@ class RankAllocator:
     """Scores, prunes and freezes the components of one DynLora adapter, driven by its optimizer.
 
     Attached to the optimizer's step hooks, it needs no call in the training loop: before each step it
-    adds the gradient of DEM, after each step it scores every component and, inside the pruning
-    window, prunes the least important ones of the whole model. A step that a GradScaler skips does
-    not count.
+    adds the gradient of DEM, after it it scores every component and, inside the pruning window, prunes
+    the least important ones of the whole model. A step that a GradScaler skips does not count.
 
     Args:
         model: a model with a trainable DynLora adapter; PeftModel, injected or wrapped.
         optimizer: the torch optimizer that holds the adapter's parameters.
         total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
         adapter: which adapter; may be left out if only one is trainable.
-        score: instead of the config's importance: writes the components' scores into ``ema`` of each
-            layer, after every step until the freeze; for experiments with other importances.
+        score: instead of the config's importance: writes scores into ``ema`` of each layer after every
+            step until the freeze.
 
     Attributes:
         step: optimizer steps seen.
         is_frozen: whether the ranks are final.
         num_components: N, components in the model at the start.
         target_components: N_T, components at the end: target_r times modules, rounded.
-        history: one entry a prune event, as ``measures.prune_event`` makes it: step, budget, cut and
-            revived components, ranks by module name, importance of kept and cut ones, DEM, gates.
+        history: one entry a prune event, as ``measures.prune_event`` makes it.
 
     Raises:
         ValueError: there is no such adapter, none that is trainable, ``total_steps`` is unknown, the
@@ -163,8 +161,8 @@ class RankAllocator:
     def finalize_(self) -> dict[str, int]:
         """End the run: detach, and turn the adapter into a plain LoRA with the same function.
 
-        A run that ends before the freeze keeps every component that is alive, with a warning: the
-        function stays what it was, the budget is not met. Call ``freeze_()`` first to cut at once.
+        A run that ends before the freeze keeps every living component, with a warning: the function
+        stays, the budget is not met. Call ``freeze_()`` first to cut at once.
 
         Returns:
             Final rank by module name, zeros included.
@@ -247,11 +245,8 @@ class RankAllocator:
             return
         if isinstance(self.score, ImportanceScore):
             self.score.before_step(self.layers, scale)
-        if self.config.dem_weight == 0:
-            return
-        add_dem_gradients_(
-            self.layers, factor=self.config.dem_weight / self.num_components, grad_scale=scale
-        )
+        if factor := self.config.dem_weight / self.num_components:
+            add_dem_gradients_(self.layers, factor=factor, grad_scale=scale)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

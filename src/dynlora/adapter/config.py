@@ -102,14 +102,12 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1].
         prune_interval: optimizer steps between two prunings, at least 1.
         ema_beta: β of Eq. 8, weight of the past in the smoothed importance, in [0, 1).
-        dem_weight: η of Eq. 10, weight of the DEM penalty until the freeze, 0 or more; 0, which is off, if
-            not given.
+        dem_weight: η of Eq. 10, weight of the DEM penalty until the freeze; 0, the default, is off.
         revival: whether a pruned component may come back before the freeze, through the gradient of
             its gate (the paper's rule); False makes every cut final.
         compact: whether dead components are removed from modules, gradients and optimizer at the
             freeze; False keeps shapes and holds their gates at 0 until ``finalize_``.
-        total_steps: optimizer steps of the run; needed only where neither the Trainer nor the call
-            of RankAllocator says it.
+        total_steps: optimizer steps of the run, where neither Trainer nor RankAllocator is told.
         init_std: a number draws A and B from N(0, init_std²), with gates of 0; None leaves it to ``init``.
         init: where init_std is None. ``lora``, the default, starts as LoRA does, A by its Kaiming and
             B = 0, with gates of 1, and trains at LoRA's learning rates. ``kaiming`` is the official code's
