@@ -29,6 +29,7 @@ test-slow: .venv/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 .venv/zero.stamp: .venv/dev.stamp
+	$(PIP) hatchling editables
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[zero]"
 	touch $@
 

@@ -58,7 +58,7 @@ def zero(model, stage):
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model, optimizer=adamw(model), dist_init_required=False,
         config={"train_micro_batch_size_per_gpu": 16, "zero_optimization": {"stage": stage},
-                "zero_force_ds_cpu_optimizer": False},
+                "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 0.0},
     )  # fmt: skip
     return engine, optimizer
 
