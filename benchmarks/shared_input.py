@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from measuring import arguments, interleaved, ratio, write
 from torch import Tensor
 
-from dynlora.adapter.fused import GatedLinear, keep_mask
+from dynlora.adapter.fused import GatedLinear, as_factor, keep_mask, masked
 
 WIDTH, RANK, SCALE = 768, 12, 2.0
 CASES = [(tokens, dropout) for tokens in (512, 2048) for dropout in (0.0, 0.1)]
@@ -33,7 +33,7 @@ class SharedInput(torch.autograd.Function):
     ) -> Any:
         """Return every y (tokens, out); ``rest`` is the frozen W, then B, of every module."""
         weights, bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        z = _masked(x, mask) @ a.T
+        z = masked(x, mask) @ a.T
         parts = z.split(RANK, dim=1)
         ctx.save_for_backward(x, a, c, z, mask, *rest)
         ctx.scale = scale
@@ -54,17 +54,13 @@ class SharedInput(torch.autograd.Function):
             dbs.append(g * gain)
             dc[i] = (g * bs[i]).sum(0) * ctx.scale
             dz[:, i * RANK : (i + 1) * RANK] = dy @ (bs[i] * gain)
-        da = dz.T @ _masked(x, mask)
+        da = dz.T @ masked(x, mask)
         dx = dz @ a
         if mask is not None:
-            dx.mul_(mask.to(dx.dtype))
+            dx.mul_(as_factor(mask, dx))
         for dy, weight in zip(grads, weights, strict=True):
             dx.addmm_(dy, weight)
         return dx, da, dc, None, None, *[None] * len(weights), *dbs
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else mask.to(x.dtype).mul_(x)
 
 
 def arms(tokens: int, dropout: float, device: str) -> dict[str, Callable[[], None]]:

@@ -118,6 +118,17 @@ def test_modules_that_fit_in_one_stack_cost_as_many_operations_as_one():
     assert counts[0] < 30
 
 
+def test_taking_scaled_gradients_before_the_step_leaves_them_as_they_are(monkeypatch):
+    monkeypatch.setattr("dynlora.scoring.needs_full_gradient", lambda _parameter: True)
+    _, allocator = with_gradients(many(2, importance="sensitivity", ema_beta=0))
+    present = [m.gate.grad.clone() for m in allocator.layers]
+    allocator.score.before_step(allocator.layers, 4.0)
+    allocator.score(allocator.layers, 1)
+    for gated, gradient in zip(allocator.layers, present, strict=True):
+        torch.testing.assert_close(gated.gate.grad, gradient, rtol=0, atol=0)
+        torch.testing.assert_close(gated.ema, (gated.gate.detach() * gradient / 4).abs())
+
+
 def test_a_and_b_of_one_length_share_a_stack():
     a, b = torch.randn(2, 3, 7).unbind(0)
     grams = gram_matrices([(a, 0), (b.T.contiguous(), 1)])

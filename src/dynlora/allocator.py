@@ -31,8 +31,8 @@ class RankAllocator:
     """Scores, prunes and freezes the components of one DynLora adapter, driven by its optimizer.
 
     Attached to the optimizer's step hooks, it needs no call in the training loop: before each step it
-    adds the gradient of DEM, after it it scores every component and, inside the pruning window, prunes
-    the least important ones of the whole model. A step that a GradScaler skips does not count.
+    adds the gradient of DEM, afterwards it scores every component and, inside the pruning window,
+    prunes the least important ones of the whole model. A step that a GradScaler skips does not count.
 
     Args:
         model: a model with a trainable DynLora adapter; PeftModel, injected or wrapped.

@@ -69,11 +69,12 @@ class ImportanceScore:
         """
         if self.importance != "sensitivity" or not needs_full_gradient(layers[0].gate):
             return
-        self._gathered = {m.name: full_gradient(m.gate) for m in layers}
-        if grad_scale is not None:
-            for gradient in self._gathered.values():
-                if gradient is not None:
-                    gradient.div_(grad_scale)
+        gradients = {m.name: full_gradient(m.gate) for m in layers}
+        if (
+            grad_scale is not None
+        ):  # not in place: the gradient may be the very one the step will use
+            gradients = {n: None if g is None else g / grad_scale for n, g in gradients.items()}
+        self._gathered = gradients
 
     @torch.no_grad()
     def __call__(self, layers: Sequence[GatedLayer], step: int) -> None:

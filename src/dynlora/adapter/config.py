@@ -172,7 +172,7 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         default=None, metadata={"help": "Optimizer steps of the run, if nothing else says it."}
     )
     init_std: float | None = field(
-        default=None, metadata={"help": "Draw A and B from N(0, init_std^2); None: Kaiming."}
+        default=None, metadata={"help": "Draw A and B from N(0, init_std^2); None: see init."}
     )
     init: Init = field(
         default=None,  # type: ignore[arg-type]  # filled in __post_init__

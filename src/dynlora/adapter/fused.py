@@ -150,7 +150,7 @@ class GatedLinear(torch.autograd.Function):
         mask: Tensor | None,
     ) -> Tensor:
         """Return y (tokens, out) for x, mask (tokens, in), W (out, in), A (r, in), B (out, r), c (r,)."""
-        z = _masked(x, mask) @ a.T
+        z = masked(x, mask) @ a.T
         y = F.linear(x, weight, bias)
         y.addmm_(z, (b * (c * scale)).to(b.dtype).T)
         ctx.save_for_backward(x, weight, a, b, c, z, mask)
@@ -164,7 +164,7 @@ class GatedLinear(torch.autograd.Function):
         x, weight, a, b, c, z, mask = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, wants_c, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again: z must know where it comes from
-            z = _masked(x, mask) @ a.T
+            z = masked(x, mask) @ a.T
         dx = da = db = dc = None
         gain = c * ctx.scale
         if wants_b or wants_c:
@@ -174,23 +174,24 @@ class GatedLinear(torch.autograd.Function):
         if wants_x or wants_a:
             dz = dy @ (b * gain).to(b.dtype)
         if wants_a:
-            da = dz.T @ _masked(x, mask)
+            da = dz.T @ masked(x, mask)
         if wants_x:
             dx = dz @ a
             if mask is not None:
-                dx = dx.mul_(_as_factor(mask, dx))
+                dx = dx.mul_(as_factor(mask, dx))
             dx = dx.addmm_(dy, weight)
         return dx, None, None, da, db, dc, None, None
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x where the mask holds, else 0; x itself without a mask."""
     if mask is None:
         return x
     if x.device.type == "cpu":
-        return _as_factor(mask, x).mul_(x)
+        return as_factor(mask, x).mul_(x)
     return torch.where(mask, x, 0)
 
 
-def _as_factor(mask: Tensor, x: Tensor) -> Tensor:
+def as_factor(mask: Tensor, x: Tensor) -> Tensor:
     """The mask in a dtype that x multiplies fast: on a CPU a product of two dtypes is many times slower."""
     return mask.to(x.dtype) if x.device.type == "cpu" else mask

@@ -21,9 +21,9 @@ def summarise(folder: Path) -> dict[str, Any]:
     Returns:
         suite, baseline, cells (done, failed, planned), tasks (name, metric, is_better_higher, scale,
         baselines), methods, rows (task by method), overall (by method), duels (method by method,
-        over all tasks), ranking, sweep (value by
-        learning rate), provenance. Scores are multiplied by the task's scale; differences are positive
-        where a method is better than the baseline, or than the other one, of the last epoch.
+        over all tasks), ranking, sweep (value by learning rate), provenance. Scores are multiplied by the
+        task's scale; differences are positive where a method is better than the baseline, or than the
+        other one, of the last epoch.
     """
     suite, results = read_suite_file(folder), read_results(folder)
     wanted = {cell.key for cell in wanted_cells(suite, results)}
@@ -92,15 +92,11 @@ def _overall(
 
 def _duels(suite: Suite, results: Mapping[str, Result]) -> list[dict[str, Any]]:
     """Each method against each other one, over the tasks and seeds that both have."""
-    pairs = {
-        (method, other): _groups(suite, results, method, other)
-        for method in suite.methods
-        for other in suite.methods
-    }
     return [
         {"method": method, "against": other, "difference": asdict(paired(groups))}
-        for (method, other), groups in pairs.items()
-        if groups
+        for method in suite.methods
+        for other in suite.methods
+        if (groups := _groups(suite, results, method, other))
     ]
 
 

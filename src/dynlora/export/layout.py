@@ -1,6 +1,5 @@
 """The two shapes of a plain LoRA: every module with its own rank, or all with one, padded with zeros."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -87,22 +86,18 @@ def padded_rank(largest: int) -> int:
 
 
 def kind_of(name: str) -> str:
-    """A module's name with every number blotted out: layers of one kind share it.
+    """A module's name with the places in its lists blotted out: layers of one kind share it.
 
-    >>> kind_of("model.layers.11.mlp.up_proj")
-    'model.layers.#.mlp.up_proj'
+    The first of several stays, because stages of one model, as in a UNet, may differ in width.
+
+    >>> kind_of("model.layers.11.mlp.fc1"), kind_of("down_blocks.1.attentions.0.to_q")
+    ('model.layers.#.mlp.fc1', 'down_blocks.1.attentions.#.to_q')
     """
-    return re.sub(r"\d+", "#", name)
-
-
-def stage_of(name: str) -> str | None:
-    """The first of several numbers in a module's name: stages of one model may differ in width.
-
-    >>> stage_of("down_blocks.1.attentions.0.to_q"), stage_of("model.layers.11.mlp.up_proj")
-    ('1', None)
-    """
-    numbers: list[str] = re.findall(r"\d+", name)
-    return numbers[0] if len(numbers) > 1 else None
+    parts = name.split(".")
+    places = [i for i, part in enumerate(parts) if part.isdigit()]
+    for i in places[1:] or places:
+        parts[i] = "#"
+    return ".".join(parts)
 
 
 def _shape_of(
@@ -113,7 +108,7 @@ def _shape_of(
     alike = {
         (tuple(a.shape[1:]), (b.shape[0], *b.shape[2:]))
         for other, (a, b) in adapter.factors.items()
-        if kind_of(other) == kind_of(name) and stage_of(other) == stage_of(name)
+        if kind_of(other) == kind_of(name)
     }
     if len(alike) == 1:
         return alike.pop()

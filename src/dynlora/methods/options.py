@@ -25,7 +25,7 @@ class AdapterOptions:
         dem_weight: η of Eq. 10; 0 is off.
         revival: whether a pruned component may come back before the freeze.
         compact: whether dead components leave the model at the freeze.
-        init_std: standard deviation of A and B; None is the Kaiming init that ``init`` names.
+        init_std: standard deviation of A and B; None leaves it to ``init``.
         init, importance, schedule, budget, forget_pruned: of ``dynlora``; see DynLoraConfig.
         ranks: of ``lora``: rank by module name, such as a finished run's ``run.json`` holds; modules of
             rank 0 are not adapted; instead of ``target_r`` everywhere.
