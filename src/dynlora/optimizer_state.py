@@ -90,7 +90,8 @@ def _cut_quantised(
     """One moment of a bitsandbytes 8-bit optimizer: codes, their book, one maximum a block.
 
     Blocks run over all values in memory order, so that a cut moves their borders: the moment is
-    decoded, cut and encoded anew.
+    decoded, cut and encoded anew. That loses up to a code (the book has no -1, so that a block whose
+    largest value is negative finds a smaller maximum); where nothing is cut, nothing is touched.
     """
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
@@ -102,6 +103,8 @@ def _cut_quantised(
             f"be cut with its parameter of shape {tuple(old.shape)}. Set compact=False to keep all "
             "shapes until finalize_."
         )
+    if len(keep) == old.shape[dim]:
+        return {name: state[name] for name in (f"state{suffix}", f"qmap{suffix}", f"absmax{suffix}")}
     decoded = dequantize_blockwise(codes, absmax=maxima, code=book, blocksize=_BLOCK)
     kept = decoded.index_select(dim, keep).contiguous()
     encoded, how = quantize_blockwise(kept, code=book, blocksize=_BLOCK)
