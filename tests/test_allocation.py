@@ -129,6 +129,15 @@ def test_budget_equals_the_reference(step, total, length, start):
     assert allocation.budget_at(step, **arguments) == reference.budget(step, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("mean_rank", "modules", "components"), [(2, 24, 48), (0.5, 5, 3), (1.4, 3, 4), (0.1, 4, 1)]
+)
+def test_the_final_number_of_components_is_rounded_half_up_and_never_0(
+    mean_rank, modules, components
+):
+    assert allocation.target_components(mean_rank, modules) == components
+
+
 def test_window_shares_that_binary_numbers_miss_are_still_exact():
     assert allocation.pruning_window(100, prune_start=0.29, prune_end=0.57) == (29, 57)
 

@@ -21,7 +21,7 @@ from dynlora.measures import component_sizes, prune_event
 from dynlora.moments import forget_pruned_
 from dynlora.optimizer_state import CannotShrinkError
 from dynlora.parameter_budget import fitting
-from dynlora.preflight import check_optimizer, check_shards, known_total_steps, target_components
+from dynlora.preflight import check_optimizer, check_shards, known_target, known_total_steps
 from dynlora.progress import KEPT_FIELDS, STATE_VERSION, check_model, check_state
 from dynlora.scoring import ImportanceScore, Score, add_dem_gradients_
 from dynlora.stepping import attach, is_inner_step, loss_scale, once_computed, steppable
@@ -78,7 +78,7 @@ class RankAllocator:
             self.total_steps, prune_start=self.config.prune_start, prune_end=self.config.prune_end
         )
         self.num_components = sum(m.num_components for m in self.layers)
-        self.target_components = target_components(self.config, self.layers)
+        self.target_components = known_target(self.config, self.layers)
         self.step = 0
         self.is_frozen = False
         self._has_seen_a_step = False

@@ -104,7 +104,9 @@ def _cut_quantised(
             "shapes until finalize_."
         )
     if len(keep) == old.shape[dim]:
-        return {name: state[name] for name in (f"state{suffix}", f"qmap{suffix}", f"absmax{suffix}")}
+        return {
+            name: state[name] for name in (f"state{suffix}", f"qmap{suffix}", f"absmax{suffix}")
+        }
     decoded = dequantize_blockwise(codes, absmax=maxima, code=book, blocksize=_BLOCK)
     kept = decoded.index_select(dim, keep).contiguous()
     encoded, how = quantize_blockwise(kept, code=book, blocksize=_BLOCK)

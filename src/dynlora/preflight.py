@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from dynlora import allocation
 from dynlora.adapter.components import GatedLayer
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.adapter.sharding import needs_full_gradient
@@ -30,13 +31,13 @@ def known_total_steps(config: DynLoraConfig, total_steps: int | None) -> int:
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
 
-def target_components(config: DynLoraConfig, layers: Sequence[GatedLayer]) -> int:
-    """N_T: target_r times modules, rounded, at least 1.
+def known_target(config: DynLoraConfig, layers: Sequence[GatedLayer]) -> int:
+    """N_T, the components that ``target_r`` asks for.
 
     Raises:
         ValueError: the modules start with fewer.
     """
-    target = max(1, int(config.target_r * len(layers) + 0.5))
+    target = allocation.target_components(config.target_r, len(layers))
     present = sum(m.num_components for m in layers)
     if target > present:
         raise ValueError(

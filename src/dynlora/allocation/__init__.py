@@ -20,6 +20,7 @@ from dynlora.allocation.schedule import (
     is_prune_step,
     prune_plan,
     pruning_window,
+    target_components,
 )
 from dynlora.allocation.selection import select_components, select_within
 
@@ -39,5 +40,6 @@ __all__ = [
     "select_components",
     "select_within",
     "smooth_importance_",
+    "target_components",
     "update_norm",
 ]

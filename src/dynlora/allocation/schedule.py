@@ -41,6 +41,16 @@ def pruning_window(total_steps: int, *, prune_start: float, prune_end: float) ->
     return start, max(start + 1, int(prune_end * total_steps + rounding))
 
 
+def target_components(mean_rank: float, modules: int) -> int:
+    """N_T, components of the whole model at the end: mean rank times modules, rounded, at least 1.
+
+    Examples:
+        >>> target_components(0.5, 5), target_components(0.01, 5)
+        (3, 1)
+    """
+    return max(1, int(mean_rank * modules + 0.5))
+
+
 def budget_at(
     step: int, *, total: int, target: int, start: int, stop: int, schedule: Schedule = "slow-fast"
 ) -> int:

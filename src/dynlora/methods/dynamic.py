@@ -74,7 +74,6 @@ def _config(options: AdapterOptions, target: Target, **changed: float) -> DynLor
 def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -> Adapted:
     model = get_peft_model(target.model, config)
     start = {m.name: m.num_components for m in find_gated_layers(model, "default")}
-    target_components = max(1, int(config.target_r * len(start) + 0.5))
 
     def schedule(total_steps: int) -> list[tuple[int, int]]:
         first, last = allocation.pruning_window(
@@ -82,7 +81,7 @@ def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -
         )
         return allocation.prune_plan(
             total=sum(start.values()),
-            target=target_components,
+            target=allocation.target_components(config.target_r, len(start)),
             start=first,
             stop=last,
             interval=config.prune_interval,

@@ -13,7 +13,7 @@ from dynlora.adapter.components import find_gated_layers
 from dynlora.adapter.fold import finalize_
 from dynlora.adapter.patterns import module_key
 from dynlora.adapter.warm_start import warm_start_
-from dynlora.allocation import select_components
+from dynlora.allocation import select_components, target_components
 from dynlora.methods.adapted import Adapted, Target, trainable_beside
 from dynlora.methods.options import AdapterOptions
 
@@ -87,7 +87,7 @@ def truncate_(model: nn.Module, *, target_r: float) -> dict[str, int]:
         sizes.append(
             gated.scaling * gate * a.flatten(1).norm(dim=1) * b.movedim(1, 0).flatten(1).norm(dim=1)
         )
-    budget = max(1, int(target_r * len(layers) + 0.5))
+    budget = target_components(target_r, len(layers))
     keep = select_components(torch.cat(sizes).float(), budget)
     for gated, live in zip(layers, keep.split([s.numel() for s in sizes]), strict=True):
         gated.live.copy_(live)

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from dynlora.allocation import target_components
 from dynlora.tasks.assets import pretrained_encoder
 from dynlora.tasks.assets.catalogue import DEFAULT_ENCODER
 from dynlora.tasks.data import Splits
@@ -70,7 +71,7 @@ class DemoResult:
                 "learning rate"
             )
         budget = self.record["budget"]
-        target = int(self.record["recipe"]["adapter"]["target_r"] * budget["modules"] + 0.5)
+        target = target_components(self.record["recipe"]["adapter"]["target_r"], budget["modules"])
         if budget["components_end"] != target:
             failures.append(
                 f"{budget['components_end']} components are left where target_r asks for {target}"
