@@ -1,5 +1,6 @@
 """What a person sees of a run: the page, the pictures, the terminal, and the advice for the next run."""
 
+import dataclasses
 import io
 import json
 import re
@@ -223,6 +224,16 @@ def test_a_large_run_stays_below_one_and_a_half_megabytes(tmp_path):
 def test_the_page_is_written_whole_or_not_at_all(tmp_path, run):
     path = write_page([run], tmp_path / "new" / "report.html", version="1")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("importance", "unit"),
+    [("sensitivity", "loss by the component, to first order"), ("own", "score of your own function"),
+     ("share", "share of the module's update"), ("", "score")],
+)  # fmt: skip
+def test_the_chart_of_scores_says_what_was_scored(run, importance, unit):
+    page = Elements(render_page([dataclasses.replace(run, importance=importance)], version="1"))
+    assert unit in [text.strip() for text in page.text]
 
 
 def test_every_curve_of_the_issue_is_on_the_page(run):

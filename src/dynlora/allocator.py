@@ -10,20 +10,20 @@ from torch.optim import Optimizer
 from dynlora import allocation
 from dynlora.adapter.components import GatedLayer, find_config, find_gated_layers, is_trainable
 from dynlora.adapter.fold import finalize_, swap_config_
-from dynlora.adapter.guard import expect_step_of, stop_waiting
+from dynlora.adapter.guard import expect_step_of, stop_hearing, stop_waiting
 from dynlora.adapter.patterns import ragged_config
 from dynlora.adapter.sharding import laid_out, scale_all_
 from dynlora.averaged_copies import AveragedCopies
 from dynlora.compaction import compact_, release_dropped_
 from dynlora.distributed import DdpFinder, agreed, can_rebuild, rebuild_reducer_, world_size
-from dynlora.health import can_look, check_gradients, check_importance
+from dynlora.health import can_look, check_gradients
 from dynlora.measures import component_sizes, prune_event
 from dynlora.moments import forget_pruned_
 from dynlora.optimizer_state import CannotShrinkError
 from dynlora.parameter_budget import fitting
 from dynlora.preflight import check_optimizer, check_shards, known_target, known_total_steps
 from dynlora.progress import KEPT_FIELDS, STATE_VERSION, check_model, check_state
-from dynlora.scoring import ImportanceScore, Score, add_dem_gradients_
+from dynlora.scoring import Score, add_dem_gradients_, scorer
 from dynlora.stepping import attach, is_inner_step, loss_scale, once_computed, steppable
 
 
@@ -39,8 +39,8 @@ class RankAllocator:
         optimizer: the torch optimizer that holds the adapter's parameters.
         total_steps: optimizer steps of the whole run; the config's ``total_steps`` if not given.
         adapter: which adapter; may be left out if only one is trainable.
-        score: instead of the config's importance: writes scores into ``ema`` of each layer after every
-            step until the freeze.
+        score: instead of the config's importance: a function that writes scores into ``ema`` of each
+            layer after every step until the freeze.
 
     Attributes:
         step: optimizer steps seen.
@@ -51,8 +51,9 @@ class RankAllocator:
 
     Raises:
         ValueError: there is no such adapter, none that is trainable, ``total_steps`` is unknown, the
-            optimizer lacks the adapter's parameters, or the budget exceeds the initial components.
-        TypeError: the optimizer has no step hooks.
+            optimizer lacks the adapter's parameters or drives another allocator of it, or the budget
+            exceeds the initial components.
+        TypeError: the optimizer has no step hooks, or ``score`` is no function.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RankAllocator:
     ) -> None:
         self.model = model
         self.adapter, self.config = find_config(model, adapter)
-        self.score = score or ImportanceScore(self.config)
+        self.score = scorer(self.config, score)
         self.layers = find_gated_layers(model, self.adapter)
         if not is_trainable(self.layers):
             raise ValueError(
@@ -88,6 +89,9 @@ class RankAllocator:
         self.optimizer = steppable(optimizer)
         check_optimizer(self.optimizer, self.layers)
         check_shards(self.config, self.layers)
+        for gated in self.layers:
+            expect_step_of(self.optimizer, gated.layer, self.adapter)
+        self._scalings = {m.name: None if m.is_dropped else m.scaling for m in self.layers}
         self._finder = DdpFinder(model)
         self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)
         if isinstance(self.optimizer, Optimizer):
@@ -96,8 +100,6 @@ class RankAllocator:
                     lambda held, _state: release_dropped_(self.layers, held)
                 )
             )
-        for gated in self.layers:
-            expect_step_of(self.optimizer, gated.layer, self.adapter)
 
     def ranks(self) -> dict[str, int]:
         """Live rank by module name, zeros included."""
@@ -122,13 +124,14 @@ class RankAllocator:
         """The run as it is meant to go, for its record; plain numbers.
 
         Returns:
-            total_steps, window (t₀, t₁), schedule (step and budget of each prune event), ranks (now, by
-            module name), component_sizes (numbers in one component of plain LoRA, by module name),
-            num_components and target_components.
+            total_steps, importance (its name, or "own" for a ``score``), window (t₀, t₁), schedule (step
+            and budget of each prune event), ranks (now, by module name), component_sizes (numbers in one
+            component of plain LoRA, by module name), num_components and target_components.
         """
         events = allocation.prune_plan(**self._budget_plan(), interval=self.config.prune_interval)
         return {
             "total_steps": self.total_steps,
+            "importance": self.score.name,
             "window": [self.start, self.stop],
             "schedule": [list(event) for event in events],
             "num_components": self.num_components,
@@ -155,6 +158,8 @@ class RankAllocator:
         """Take the hooks off the optimizer; nothing is scored or pruned from here on."""
         for handle in self._handles:
             handle.remove()
+        for gated in self.layers:
+            stop_hearing(self.optimizer, gated.layer, self.adapter)
         self._handles = []
         self._finder.forget()
 
@@ -227,7 +232,7 @@ class RankAllocator:
             "total_steps": self.total_steps,
             "target_components": self.target_components,
             **{name: getattr(self.config, name) for name in KEPT_FIELDS},
-            "modules": {m.name: None if m.is_dropped else m.scaling for m in self.layers},
+            "modules": self._scalings,
         }
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -243,8 +248,7 @@ class RankAllocator:
             check_gradients(self.layers, step=self.step + 1)
         if self.is_frozen:
             return
-        if isinstance(self.score, ImportanceScore):
-            self.score.before_step(self.layers, scale)
+        self.score.before_step(self.layers, scale)
         if factor := self.config.dem_weight / self.num_components:
             add_dem_gradients_(self.layers, factor=factor, grad_scale=scale)
 
@@ -281,11 +285,8 @@ class RankAllocator:
         """Keep the budget's best components of the whole model; the gates of the others become 0."""
         scores = torch.cat([m.ema.float() for m in self.layers])
         if not self.config.revival:
-            alive = torch.cat([m.live for m in self.layers])
-            scores = torch.where(alive, scores, scores.new_tensor(-1.0))
-        check_importance(
-            [m.name for m in self.layers], [m.ema for m in self.layers], step=self.step
-        )
+            scores[~torch.cat([m.live for m in self.layers])] = -1.0
+        self.score.check(self.layers, self.step)
         if self.config.budget == "parameters":
             keep = fitting(self.layers, scores, self.config, self.step, (self.start, self.stop))
         else:

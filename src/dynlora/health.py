@@ -67,22 +67,25 @@ def _finite_if_all_are(tensors: list[Tensor]) -> list[Tensor]:
     return [norm.float() for norm in torch._foreach_norm(tensors, float("inf"))]
 
 
-def check_importance(names: Sequence[str], importance: Sequence[Tensor], *, step: int) -> None:
+def check_importance(
+    names: Sequence[str], importance: Sequence[Tensor], *, step: int, cause: str
+) -> None:
     """Refuse scores that are not finite, before they reach the smoothed ones.
 
     Args:
         names: module names.
         importance: scores of each module, (rank,).
         step: the step just made, for the message.
+        cause: where such scores come from, for the message.
 
     Raises:
-        FloatingPointError: a score is NaN or infinite, because the module's weights are.
+        FloatingPointError: a score is NaN or infinite.
     """
     if not importance or bool(torch.isfinite(torch.cat([s.flatten() for s in importance])).all()):
         return
     bad = [n for n, s in zip(names, importance, strict=True) if not bool(torch.isfinite(s).all())]
     raise FloatingPointError(
         f"NaN or infinite importance at step {step} in module {bad[0]!r} ({len(bad)} modules "
-        "in all): its adapter weights are not finite, and nothing is pruned by such scores. Lower "
-        "the learning rate, clip gradients, and resume from the last checkpoint."
+        f"in all), from {cause}: nothing is pruned by such scores. Mend it, or lower the learning rate and "
+        "clip gradients, and resume from the last checkpoint."
     )

@@ -7,7 +7,7 @@ the device.
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,9 +45,84 @@ def limits_of(tensor: Tensor) -> Limits:
     return ON_CPU if tensor.device.type == "cpu" else ON_ACCELERATOR
 
 
+_WEIGHTS = "its adapter weights, which are not finite"
+
 Score = Callable[[Sequence[GatedLayer], int], None]
 """Writes the components' scores into ``ema`` of each layer, after every step until the freeze; the number
 is that of the steps done."""
+
+
+class Scorer(Protocol):
+    """What the allocator asks for scores."""
+
+    name: str
+
+    def before_step(self, layers: Sequence[GatedLayer], grad_scale: Tensor | float | None) -> None:
+        """Take what does not outlive the step; gradients are multiplied by ``grad_scale``, None for 1."""
+
+    def __call__(self, layers: Sequence[GatedLayer], step: int) -> None:
+        """Write scores into ``ema`` of each layer after a step."""
+
+    def check(self, layers: Sequence[GatedLayer], step: int) -> None:
+        """Refuse scores that nothing can be decided by."""
+
+
+def scorer(config: DynLoraConfig, score: Score | None) -> Scorer:
+    """The user's function, or the importance that the config names.
+
+    Raises:
+        TypeError: ``score`` is no function.
+    """
+    return ImportanceScore(config) if score is None else OwnScore(score)
+
+
+class OwnScore:
+    """A function of the user's own, with the mistakes that can be seen from outside."""
+
+    name = "own"
+
+    def __init__(self, score: Score) -> None:
+        if not callable(score):
+            raise TypeError(
+                f"score={score!r} must be a function (layers, step) that writes into layer.ema. One of "
+                f"ours is chosen by name: DynLoraConfig(importance={score!r})."
+            )
+        self.score = score
+
+    def before_step(self, layers: Sequence[GatedLayer], grad_scale: Tensor | float | None) -> None:
+        """Nothing: the function is called after the step only."""
+
+    def __call__(self, layers: Sequence[GatedLayer], step: int) -> None:
+        """Call the function.
+
+        Raises:
+            TypeError: it returns its scores instead of writing them.
+        """
+        returned: object = self.score(layers, step)
+        if returned is not None:
+            raise TypeError(
+                f"score returned a {type(returned).__name__}, which nobody reads: it must write into the "
+                "layers, layer.ema.copy_(...) for each of them, and return None."
+            )
+
+    def check(self, layers: Sequence[GatedLayer], step: int) -> None:
+        """Refuse scores that were never written, or are not finite.
+
+        Raises:
+            ValueError: all are 0.
+            FloatingPointError: one is NaN or infinite.
+        """
+        if not any(bool(m.ema.any()) for m in layers):
+            raise ValueError(
+                f"score has left every layer.ema at 0 after {step} steps, so modules would be kept for "
+                "standing first. Write into the layers, layer.ema.copy_(...) for each of them."
+            )
+        check_importance(
+            [m.name for m in layers],
+            [m.ema for m in layers],
+            step=step,
+            cause="your score function",
+        )
 
 
 class ImportanceScore:
@@ -57,7 +132,8 @@ class ImportanceScore:
     """
 
     def __init__(self, config: DynLoraConfig) -> None:
-        self.importance, self.beta = config.importance, config.ema_beta
+        self.name: str = config.importance
+        self.beta = config.ema_beta
         self._gathered: dict[str, Tensor | None] = {}  # gradients of gates, by module
 
     def before_step(self, layers: Sequence[GatedLayer], grad_scale: Tensor | float | None) -> None:
@@ -67,7 +143,7 @@ class ImportanceScore:
             layers: the gated layers of a model, none of them dropped.
             grad_scale: what the gradients are multiplied by; None for 1.
         """
-        if self.importance != "sensitivity" or not needs_full_gradient(layers[0].gate):
+        if self.name != "sensitivity" or not needs_full_gradient(layers[0].gate):
             return
         gradients = {m.name: full_gradient(m.gate) for m in layers}
         if (
@@ -82,15 +158,24 @@ class ImportanceScore:
         emas = [m.ema for m in layers]
         found = [s for block in _blocks(layers) for s in self._present(block)]
         if can_look(layers):
-            check_importance([m.name for m in layers], found, step=step)
+            check_importance([m.name for m in layers], found, step=step, cause=_WEIGHTS)
         scores = [s.to(e.dtype) for s, e in zip(found, emas, strict=True)]
         allocation.smooth_importance_(emas, scores, beta=self.beta)
 
+    def check(self, layers: Sequence[GatedLayer], step: int) -> None:
+        """Refuse smoothed importance that is not finite.
+
+        Raises:
+            FloatingPointError: it is NaN or infinite somewhere.
+        """
+        names, emas = [m.name for m in layers], [m.ema for m in layers]
+        check_importance(names, emas, step=step, cause=_WEIGHTS)
+
     def _present(self, layers: Sequence[GatedLayer]) -> list[Tensor]:
-        if self.importance in _OF_PRODUCTS:
-            return _product_scores(layers, self.importance)
+        if self.name in _OF_PRODUCTS:
+            return _product_scores(layers, self.name)
         gates = [whole(m.gate).detach() for m in layers]
-        if self.importance == "gate":
+        if self.name == "gate":
             return list(torch._foreach_abs(gates))
         gathered = self._gathered or {m.name: full_gradient(m.gate) for m in layers}
         gradients = [

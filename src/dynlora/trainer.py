@@ -36,7 +36,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         adapter: which adapter; may be left out if only one DynLora adapter is trainable.
         rank_image: draws the ranks at each prune event for TensorBoard, such as
             ``dynlora.report.rank_image``; None draws nothing.
-        score: another importance than the paper's; see RankAllocator.
+        score: a function instead of the config's importance; see RankAllocator.
 
     Attributes:
         allocator: the RankAllocator of the current run, None before training.
@@ -88,6 +88,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         **_kwargs: Any,
     ) -> None:
         """Build the allocator; on a resumed run, restore its progress."""
+        if self.allocator:  # of an earlier run, interrupted or finished
+            self.allocator.detach()
+        self.ranks = {}
         self.allocator = RankAllocator(
             model, optimizer, total_steps=state.max_steps, adapter=self.adapter, score=self.score
         )

@@ -134,7 +134,8 @@ def find_config(model: nn.Module, adapter: str | None = None) -> tuple[str, DynL
         found = ", ".join(f"{n} ({c.peft_type.value})" for n, c in configs.items()) or "none"
         raise ValueError(
             f"model={type(model).__name__} has no DynLora adapter (adapters found: {found}). Wrap it "
-            "with get_peft_model(model, DynLoraConfig(...)); a finalized adapter is a plain LoRA."
+            "with get_peft_model(model, DynLoraConfig(...)). A finalized adapter is a plain LoRA: train it "
+            "on without dynlora, or make it dynamic again with warm_start_."
         )
     if adapter is None and len(ours) > 1:
         trained = [n for n in ours if is_trainable(find_gated_layers(model, n))]

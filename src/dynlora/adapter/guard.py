@@ -17,6 +17,8 @@ from dynlora.adapter.layers import factors, is_gated
 _waiting: WeakKeyDictionary[nn.Module, dict[str, ReferenceType[Optimizer] | None]]
 _waiting = WeakKeyDictionary()
 _hooks: list[Any] = []
+_heard: WeakKeyDictionary[nn.Module, dict[str, ReferenceType[Optimizer]]]
+_heard = WeakKeyDictionary()
 
 
 def expect_allocator(layer: nn.Module, adapter: str) -> None:
@@ -27,9 +29,28 @@ def expect_allocator(layer: nn.Module, adapter: str) -> None:
 
 
 def expect_step_of(optimizer: Optimizer, layer: nn.Module, adapter: str) -> None:
-    """The gate has an allocator, which listens to ``optimizer``: only that one may step it first."""
+    """The gate has an allocator, which listens to ``optimizer``: only that one may step it first.
+
+    Raises:
+        ValueError: another allocator of this gate listens to the same optimizer.
+    """
+    heard = _heard.setdefault(layer, {})
+    if adapter in heard and heard[adapter]() is optimizer:
+        raise ValueError(
+            f"DynLora adapter {adapter!r} has a RankAllocator on this optimizer already, and two would "
+            "prune it twice. Give a Trainer one DynLoraCallback; in a loop of your own, detach() the "
+            "first RankAllocator."
+        )
+    heard[adapter] = ref(optimizer)
     if adapter in _waiting.get(layer, {}):
         _waiting[layer][adapter] = ref(optimizer)
+
+
+def stop_hearing(optimizer: Optimizer, layer: nn.Module, adapter: str) -> None:
+    """The allocator of this gate no longer listens to ``optimizer``."""
+    heard = _heard.get(layer, {})
+    if adapter in heard and heard[adapter]() is optimizer:
+        del heard[adapter]
 
 
 def stop_waiting(layer: nn.Module, adapter: str) -> None:

@@ -198,6 +198,15 @@ def _budget_chart(run: Run) -> Chart:
     )
 
 
+_IMPORTANCE_UNITS = {
+    "share": "share of the module's update",
+    "norm": "norm of the component's update",
+    "gate": "size of the gate",
+    "sensitivity": "loss by the component, to first order",
+    "own": "score of your own function",
+}
+
+
 def _importance_chart(run: Run) -> Chart:
     lines, bands = [], []
     for color, (key, name) in enumerate((("importance_kept", "kept"), ("importance_cut", "cut"))):
@@ -211,7 +220,7 @@ def _importance_chart(run: Run) -> Chart:
         )
     return Chart(
         "Importance of kept and cut components",
-        "share of the module's update",
+        _IMPORTANCE_UNITS.get(run.importance, "score"),
         lines,
         bands,
         summary="Medians, and bands from the lower to the upper quartile, at each prune event.",

@@ -40,6 +40,7 @@ class Run:
         memory: step and bytes: CUDA's peak where there is one, else the process.
         seconds: wall time of all parts of the run; waiting between them does not count.
         init_r: largest rank at the start, 0 without ranks.
+        importance: what components were ranked by; "" where the history does not say.
         component_sizes: numbers in one component by module name.
         is_finished: whether the run came to its end.
         record: run.json, {} if there is none.
@@ -56,6 +57,7 @@ class Run:
     memory: Points = field(default_factory=list)
     seconds: float = 0.0
     init_r: int = 0
+    importance: str = ""
     component_sizes: dict[str, int] = field(default_factory=dict)
     is_finished: bool = False
     record: dict[str, Any] = field(default_factory=dict)
@@ -169,6 +171,7 @@ def _from_events(events: list[Event], name: str, folder: Path, record: dict[str,
         memory=[(e["step"], _memory(e)) for e in events if e.get("memory_bytes")],
         seconds=_seconds(events) or float(record.get("train_s", 0)),
         init_r=max(first["ranks"].values(), default=0) if "ranks" in first else 0,
+        importance=str(first.get("importance", "")),
         component_sizes=dict(first.get("component_sizes", {})),
         is_finished=any(e["event"] == "end" for e in events) or record.get("status") == "done",
         record=record,
