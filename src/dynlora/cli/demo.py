@@ -56,7 +56,7 @@ def result_view(result: DemoResult, *, width: int) -> RenderableType:
             f"{result.reload_difference:.2g} (limit {LOGITS_TOLERANCE:.0e})"
         ),
         Text(f"Training: {record['steps']} steps in {record['train_s']:.0f} s"),
-        Text(f"Look closer: dynlora inspect {result.adapter_file.parent}"),
+        Text(f"Look closer: dynlora report {result.adapter_file.parent}"),
     )
 
 

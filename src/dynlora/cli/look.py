@@ -52,10 +52,12 @@ def export(
 
     if pad_to != "auto" and not pad_to.isdigit():
         raise ValueError(f"--pad-to {pad_to!r} must be a rank such as 8, 16, 32, 64, or 'auto'.")
+    folder = output or adapter.with_name(f"{adapter.resolve().name}-{to}")
+    verb = "Wrote over" if folder.is_dir() and any(folder.iterdir()) else "Wrote"
     with quiet_libraries():
         done = export_adapter(
             adapter,
-            output or adapter.with_name(f"{adapter.resolve().name}-{to}"),
+            folder,
             to=to,  # type: ignore[arg-type]  # typer has checked it
             pad_to=None if pad_to == "auto" else int(pad_to),
             dtype=getattr(torch, dtype) if dtype else None,
@@ -67,7 +69,7 @@ def export(
     else:
         rank = f"ranks up to {done.max_rank}" if to != "uniform" else f"rank {done.max_rank}"
         lines = [
-            f"Wrote {done.folder}: {to}, {done.modules} modules, {rank}, "
+            f"{verb} {done.folder}: {to}, {done.modules} modules, {rank}, "
             f"{done.num_bytes:,} bytes, {done.seconds:.1f} s",
         ]
         if done.dead_modules and to == "ragged":

@@ -45,6 +45,7 @@ def train(
 ) -> int:
     """Run, print and return the exit code: 0 done, 1 failed, 2 a mistake, 130 Ctrl-C."""
     try:
+        _refuse_near_flags(overrides)
         with quiet_libraries():
             recipe = read_recipe(path, overrides)
             if dry_run:
@@ -64,6 +65,19 @@ def train(
     return 0
 
 
+def _refuse_near_flags(overrides: Sequence[str]) -> None:
+    """``--dryrun`` and ``--dry_run`` would be read as fields of the recipe, and train.
+
+    Raises:
+        ValueError: one is a flag of ``dynlora train`` but for its hyphens.
+    """
+    flags = {flag.replace("-", ""): flag for flag in ("--dry-run", "--resume", "--overwrite")}
+    for given in overrides:
+        flag = flags.get(given.replace("-", "").replace("_", ""))
+        if flag and given.startswith("--"):
+            raise ValueError(f"unknown option {given!r}; did you mean {flag!r}?")
+
+
 def plan_view(planned: Plan) -> RenderableType:
     """A plan for people."""
     table = Table.grid(padding=(0, 2))
@@ -73,8 +87,10 @@ def plan_view(planned: Plan) -> RenderableType:
     for name, number in planned.parameters.items():
         table.add_row(f"parameters, {name.replace('_', ', at the ')}", f"{number:,}")
     table.add_row("memory", f"{planned.memory_bytes / 2**20:,.0f} MiB, without activations")
-    for line, (step, budget) in enumerate(_shown(planned.schedule)):
-        table.add_row("" if line else "budget", f"{budget:,} components after step {step:,}")
+    if planned.schedule:
+        table.add_row("budget", f"{planned.components_start:,} components at the start")
+    for step, budget in _shown(planned.schedule):
+        table.add_row("", f"{budget:,} components after step {step:,}")
     resolved = yaml.safe_dump(_without_empty(planned.recipe), sort_keys=False, allow_unicode=True)
     return Group(Text(resolved.rstrip()), Text(), table)
 

@@ -12,7 +12,7 @@ from dynlora.export.base_files import BaseFiles, name_map, open_base, weight_key
 from dynlora.export.folder import checked_folder, write_adapter
 from dynlora.export.layout import Shapes, ragged, uniform
 from dynlora.export.merged import write_merged
-from dynlora.export.source import PlainAdapter, read_adapter
+from dynlora.export.source import PlainAdapter, read_adapter, recorded_labels
 from dynlora.export.verify import compare_outputs
 
 Form = Literal["ragged", "uniform", "merged"]
@@ -88,7 +88,8 @@ def export_adapter(
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     largest = max(adapter.ranks.values())
     if to == "merged":
-        write_merged(adapter, open_base(_named(base)), folder, dtype=dtype)
+        labels = recorded_labels(source)
+        write_merged(adapter, open_base(_named(base)), folder, dtype=dtype, labels=labels)
     else:
         if to == "ragged":
             config, tensors = ragged(adapter, dtype=dtype)

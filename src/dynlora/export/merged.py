@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,12 @@ Updates = dict[str, tuple[Tensor, Tensor, bool]]
 
 
 def write_merged(
-    adapter: PlainAdapter, base: BaseFiles, output: Path, *, dtype: torch.dtype | None = None
+    adapter: PlainAdapter,
+    base: BaseFiles,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write the base model with the adapter's update and heads in its weights.
 
@@ -43,6 +48,7 @@ def write_merged(
         base: what to add it to.
         output: folder to write to, with the base's other files (config, tokenizer).
         dtype: of all floating-point weights; None keeps each tensor's own.
+        labels: class names of a classifier's head, in its order; LABEL_0, … where they are not its number.
 
     Raises:
         ValueError: the base lacks a module's weight, its shape differs, or embeddings are tied.
@@ -71,7 +77,7 @@ def write_merged(
             write_tensors(temporary / shard, named, cast, base.metadata(shard))
             shard_of |= dict.fromkeys(named, shard)
             total += sum(spec.num_bytes for spec in named.values())
-        _write_rest(base, temporary, shard_of, total, _config(base, adapter, new, dtype))
+        _write_rest(base, temporary, shard_of, total, _config(base, adapter, heads, dtype, labels))
 
 
 def _merged(
@@ -158,19 +164,27 @@ def _check_tied(adapter: PlainAdapter, base: BaseFiles) -> None:
 
 
 def _config(
-    base: BaseFiles, adapter: PlainAdapter, new: dict[str, Tensor], dtype: torch.dtype | None
+    base: BaseFiles,
+    adapter: PlainAdapter,
+    heads: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    labels: Sequence[str],
 ) -> dict[str, Any]:
-    """config.json of the merged model: dtype and, where a head is new, how many labels it has."""
+    """config.json of the merged model: dtype and, where a head was trained, its labels."""
     config = dict(base.config)
     if dtype is not None:
         config |= {"dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
-    rows = [t.shape[0] for key, t in sorted(new.items()) if key.endswith(".weight") and t.ndim == 2]
+    rows = {t.shape[0] for key, t in heads.items() if key.endswith(".weight") and t.ndim == 2}
     if rows and "CLS" in str(adapter.fields.get("task_type")):
-        labels = config.get("id2label") or {}
-        if len(labels) != rows[-1]:
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows[-1])}
-            config["label2id"] = {label: int(i) for i, label in config["id2label"].items()}
+        if len(labels) in rows:
+            names = list(labels)
+        elif len(config.get("id2label") or {}) in rows:
+            return config
+        else:
+            names = [f"LABEL_{i}" for i in range(min(rows))]  # a dense layer before it is wider
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
     return config
 
 

@@ -62,6 +62,25 @@ class PlainAdapter:
         return {name: alive.get(name, 0) for name in sorted({*alive, *self.dead})}
 
 
+def recorded_labels(path: str | os.PathLike[str]) -> list[str]:
+    """Class names that the run which left this adapter wrote beside it (``run.json``); [] for none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = Path(path) / "run.json"
+    if not file.is_file():
+        return []
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}), so class names cannot be read; remove it to go without."
+        ) from error
+    labels = record.get("data", {}).get("labels") if isinstance(record, dict) else None
+    return [str(label) for label in labels] if isinstance(labels, list) else []
+
+
 def read_adapter(path: str | os.PathLike[str]) -> PlainAdapter:
     """Read an adapter folder and fold gates and scaling into B.
 

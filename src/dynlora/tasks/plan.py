@@ -25,6 +25,7 @@ class Plan:
         train_rows: rows to train on.
         eval_rows: rows to measure on, by set.
         steps: optimizer steps.
+        components_start: of all modules; 0 for a method without any.
         schedule: (step, components that may be alive from then on) of each pruning; [] without any.
         parameters: by kind: base, head, adapter_start.
         memory_bytes: weights, gradients and optimizer state at the start; no activations, which
@@ -35,6 +36,7 @@ class Plan:
     train_rows: int
     eval_rows: Mapping[str, int]
     steps: int
+    components_start: int
     schedule: list[tuple[int, int]]
     parameters: Mapping[str, int]
     memory_bytes: int
@@ -60,6 +62,7 @@ def plan(recipe: Recipe, splits: Splits | None = None) -> Plan:
         train_rows=len(data.train),
         eval_rows={name: len(rows) for name, rows in data.evals.items()},
         steps=steps,
+        components_start=sum(adapted.ranks().values()),
         schedule=adapted.schedule(steps) if adapted.schedule else [],
         parameters={"base": base, "head": head, "adapter_start": adapted.parameters()},
         memory_bytes=int(base * base_bytes + trained * TRAINED_BYTES),
