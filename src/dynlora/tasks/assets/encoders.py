@@ -26,6 +26,14 @@ Array = NDArray[Any]
 
 _MINILM = "data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
 _MPNET_PARTS = range(1, 6)
+_MINILM_L3 = {
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+_DISTILBERT_CASED = {"vocab_size": 28996}  # the rest is DistilBERT's own default
 
 
 def build_minilm(parts: Parts, destination: Path) -> None:
@@ -72,14 +80,7 @@ def build_minilm_l3(parts: Parts, destination: Path) -> None:
         if node.op_type == "MatMul" and node.input[1] in tensors:
             module = node.name.split("auto_model/")[1]
             state[_weight_name(module)] = tensors[node.input[1]].T
-    shape = BertConfig(
-        vocab_size=30522,
-        hidden_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=12,
-        intermediate_size=1536,
-    )
-    model = BertModel(shape, add_pooling_layer=False)
+    model = BertModel(BertConfig(**_MINILM_L3), add_pooling_layer=False)
     model.load_state_dict(_tensors(state), strict=True)
     model.save_pretrained(destination)
     AutoTokenizer.from_pretrained(parts["all-MiniLM-L6-v2"]).save_pretrained(destination)
@@ -91,7 +92,7 @@ def build_distilbert(parts: Parts, destination: Path) -> None:
     graph = _graph(folder / "tagger.onnx")
     tags = json.loads((folder / "tag_vocab.json").read_text(encoding="utf8"))["tags"]
     config = DistilBertConfig(
-        vocab_size=28996,
+        **_DISTILBERT_CASED,
         id2label=dict(enumerate(tags)),
         label2id={tag: index for index, tag in enumerate(tags)},
     )

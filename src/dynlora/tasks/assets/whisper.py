@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import (
+    GenerationConfig,
     PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -32,12 +33,13 @@ def build_whisper(parts: Mapping[str, Path], destination: Path) -> None:
     model = WhisperForConditionalGeneration(_config())
     state = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in _state(variables).items()}
     model.load_state_dict(state, strict=True)
-    model.generation_config.update(
+    # of its own: one derived from the model's config forgets, when read, what only Whisper knows
+    model.generation_config = GenerationConfig(
         decoder_start_token_id=START,
         eos_token_id=END,
         pad_token_id=END,
         bos_token_id=END,
-        forced_decoder_ids=None,
+        begin_suppress_tokens=model.generation_config.begin_suppress_tokens,
         is_multilingual=False,
         no_timestamps_token_id=NO_TIMESTAMPS,
     )
