@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 
 import worker_accelerate
@@ -27,6 +28,11 @@ RTOL = 1e-6  # other order of summation over the batch; measured: 2e-7
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed (make test-zero)"
+)
+
+needs_streams = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.8") and not torch.cuda.is_available(),
+    reason="FSDP2 of torch 2.7 asks a CPU's stream for events",
 )
 
 
@@ -63,11 +69,12 @@ def test_ddp_compacts_and_equals_one_process(tmp_path, mode):
 
 
 SHARDED = [
-    ("fsdp2", "share"),
+    pytest.param("fsdp2", "share", marks=needs_streams),
     ("fsdp1-layers", "sensitivity"),
+    pytest.param("fsdp2", "sensitivity", marks=[pytest.mark.slow, needs_streams]),
     *(
         pytest.param(*run, marks=pytest.mark.slow)
-        for run in [("fsdp2", "sensitivity"), ("fsdp1-layers", "share"), ("fsdp1", "sensitivity")]
+        for run in [("fsdp1-layers", "share"), ("fsdp1", "sensitivity")]
     ),
     *(
         pytest.param(f"zero{n}", importance, marks=[pytest.mark.slow, needs_deepspeed])
