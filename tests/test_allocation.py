@@ -200,7 +200,7 @@ def test_selection_refuses_an_impossible_budget(budget):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_selection_refuses_scores_that_are_not_finite(bad):
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="^scores hold NaN or infinity"):
         allocation.select_components(torch.tensor([1.0, bad]), 1)
 
 
