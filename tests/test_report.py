@@ -261,6 +261,11 @@ def test_ticks_are_round_and_inside():
         assert low - 1e-12 <= min(ticks) <= max(ticks) <= high + 1e-12
 
 
+def test_few_points_are_marked_for_what_lies_between_was_not_measured():
+    lines = [Line("few", [(0, 1), (9, 2)]), Line("many", [(i, i) for i in range(40)])]
+    assert Chart("t", "y", lines).svg(0).count("<circle") == 2
+
+
 def test_long_curves_are_thinned_but_keep_their_ends():
     points = [(i, float(i)) for i in range(5000)]
     kept = thinned(points)

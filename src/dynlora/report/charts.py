@@ -10,6 +10,7 @@ from dynlora.report.run import Points
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 42
 MAX_POINTS = 400  # of a line; more are thinned out evenly
+MAX_MARKED = 12  # a line of so few points shows them: what lies between was not measured
 NUM_COLORS = 8  # of the page's palette; the dash pattern changes where they start over
 
 
@@ -156,11 +157,15 @@ def _line(line: Line, x_axis: _Axis, y_axis: _Axis) -> str:
         if line.is_stepped and pixels:
             pixels.append((here[0], pixels[-1][1]))
         pixels.append(here)
-    if len(pixels) == 1:
-        return f'<circle class="s{line.color % NUM_COLORS}" cx="{pixels[0][0]}" cy="{pixels[0][1]}" r="3"/>'
+    color = f"s{line.color % NUM_COLORS}"
+    marks = "".join(
+        f'<circle class="{color}" cx="{x}" cy="{y}" r="3"/>'
+        for x, y in pixels
+        if len(pixels) == 1 or (len(pixels) <= MAX_MARKED and not line.is_stepped)
+    )
     path = " ".join(f"{x},{y}" for x, y in pixels)
     dashed = " dash" if line.is_dashed or line.color >= NUM_COLORS else ""
-    return f'<polyline class="s{line.color % NUM_COLORS}{dashed}" points="{path}"/>'
+    return f'<polyline class="{color}{dashed}" points="{path}"/>{marks}'
 
 
 def _band(band: Band, x_axis: _Axis, y_axis: _Axis) -> str:
