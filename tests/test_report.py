@@ -228,7 +228,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, run):
 
 @pytest.mark.parametrize(
     ("importance", "unit"),
-    [("sensitivity", "loss by the component, to first order"), ("own", "score of your own function"),
+    [("sensitivity", "|c · ∂L/∂c|"), ("own", "score of your own function"),
      ("share", "share of the module's update"), ("", "score")],
 )  # fmt: skip
 def test_the_chart_of_scores_says_what_was_scored(run, importance, unit):

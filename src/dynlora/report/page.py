@@ -202,7 +202,7 @@ _IMPORTANCE_UNITS = {
     "share": "share of the module's update",
     "norm": "norm of the component's update",
     "gate": "size of the gate",
-    "sensitivity": "loss by the component, to first order",
+    "sensitivity": "|c · ∂L/∂c|",
     "own": "score of your own function",
 }
 
