@@ -9,10 +9,13 @@ import time
 
 import psutil
 import pytest
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from bench_results import cell, failed, result
-from dynlora.bench.ledger import LEASE_S, Ledger
+from dynlora.bench import ledger as ledger_module
+from dynlora.bench.ledger import LEASE_S, MAX_RACES, Ledger
 
 CELL = cell("a", "lora", 0.01, 0)
 
@@ -119,3 +122,59 @@ def test_deaths_are_counted_and_stops_are_not(journal):
     one.give_up(one.claim(CELL.key), died=True)
     one.give_up(one.claim(CELL.key))
     assert one.deaths(CELL.key) == 1
+
+
+class Racing:
+    """In place of RDBStorage: the tables of a new database are just being made by others."""
+
+    def __init__(self, errors):
+        self.errors, self.tries = list(errors), 0
+
+    def __call__(self, url):
+        self.tries += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return InMemoryStorage()
+
+
+def refused(kind):
+    return kind("CREATE TABLE studies", None, Exception("duplicate key"))
+
+
+def test_a_worker_that_comes_while_the_tables_are_made_waits_and_comes_again(tmp_path, monkeypatch):
+    storage, waited = Racing([refused(IntegrityError), refused(ProgrammingError)]), []
+    monkeypatch.setattr(ledger_module, "RDBStorage", storage)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    one = Ledger("postgresql+psycopg://bench@/postgres", tmp_path / "unused", "small")
+    assert one.claim(CELL.key) is not None
+    assert storage.tries == 3
+    assert [0.5 <= seconds <= 2 for seconds in waited] == [True, True]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_database_that_refuses_its_tables_again_and_again_is_an_error(tmp_path, monkeypatch):
+    storage = Racing([refused(ProgrammingError)] * (MAX_RACES + 1))
+    monkeypatch.setattr(ledger_module, "RDBStorage", storage)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    with pytest.raises(ProgrammingError, match="duplicate key"):
+        Ledger("postgresql+psycopg://bench@/postgres", tmp_path / "unused", "small")
+    assert storage.tries == MAX_RACES + 1
+
+
+def test_a_claim_that_comes_second_withdraws(journal, monkeypatch):
+    """Both workers have seen the cell free; the other one's attempt got the lower number."""
+    one = opened(journal)
+    look, looks = one._living, []
+
+    def late(key):
+        looks.append(key)
+        if len(looks) == 1:
+            found = look(key)
+            foreign_claim(one)
+            return found
+        return look(key)
+
+    monkeypatch.setattr(one, "_living", late)
+    assert one.claim(CELL.key) is None
+    states = [t.state for t in one._study.get_trials(deepcopy=False)]
+    assert states == [TrialState.RUNNING, TrialState.FAIL]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dynlora.cli import look
@@ -141,3 +142,88 @@ def test_commands_that_read_files_do_not_wait_for_torch(native, tmp_path, comman
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "ranks" in ran.stdout or "components" in ran.stdout
+
+
+def test_a_report_without_what_draws_it_says_what_to_install(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", steps=10)
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "dynlora.report.page", raising=False)
+    ran = invoke("report", run)
+    assert ran.exit_code == 2
+    assert ran.stderr == "dynlora: this needs jinja2; pip install 'dynlora[report]'\n"
+    assert isinstance(invoke("report", run, "--debug").exception, ModuleNotFoundError)
+
+
+def test_a_merged_export_names_no_servers_of_adapters(native, tmp_path):
+    ran = invoke("export", native, "--to", "merged", "--output", tmp_path / "m")
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.stdout.startswith(f"Wrote {tmp_path / 'm'}: merged, ")
+    assert "Served by" not in ran.stdout
+
+
+def finished_with_ranks(folder, ranks):
+    """A plain LoRA whose modules have these ranks, as a finished run leaves it."""
+    model = adapted(tiny_llama, task_type="CAUSAL_LM")
+    allocator = train(model, steps=4, total_steps=40)
+    for gated, rank in zip(allocator.layers, ranks, strict=True):
+        gated.live.copy_(torch.arange(4) < rank)
+        gated.gate.data *= gated.live
+    with pytest.warns(UserWarning, match="Training ended after 4 of 40 steps"):
+        allocator.finalize_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_modules_without_ranks_are_told_of_by_export_and_inspect(tmp_path):
+    adapter = finished_with_ranks(tmp_path / "a", [3, 0, 1, *[2] * 11])
+    ran = invoke("export", adapter, "--to", "ragged", "--output", tmp_path / "r")
+    assert ran.exit_code == 0, ran.stderr
+    assert "1 modules of rank 0 are excluded" in ran.stdout
+    ran = invoke("inspect", adapter)
+    assert "1 to 3, mean 1.86, 26 components; 1 of 14 modules at 0" in flat(ran.stdout)
+    ran = invoke("inspect", finished_with_ranks(tmp_path / "b", [3, 1, *[2] * 12]))
+    assert "1 to 3, mean 2, 28 components scaling" not in flat(ran.stdout)
+    assert "1 to 3, mean 2, 28 components parameters" in flat(ran.stdout)
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+class Clock:
+    """In place of time, for a person who watches: writes more of the run at each wait."""
+
+    def __init__(self, *happenings):
+        self.happenings, self.waited = list(happenings), []
+
+    def sleep(self, seconds):
+        self.waited.append(seconds)
+        self.happenings.pop(0)()
+
+
+def test_watch_follows_a_run_to_its_end(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", steps=20)
+    whole = (run / "history.jsonl").read_text().splitlines(keepends=True)
+    show = (run / "history.jsonl").write_text
+    show("".join(whole[:4]))
+    clock = Clock(lambda: show("".join(whole[:-1])), lambda: show("".join(whole)))
+    monkeypatch.setattr(look, "time", clock)
+    ran = invoke("watch", run, "--every", "7")
+    assert ran.exit_code == 0
+    assert clock.waited == [7.0, 7.0]
+    assert "20 of 20 (finished)" in ran.stdout
+
+
+def test_ctrl_c_ends_watching_and_is_no_failure(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", steps=20)
+    history = (run / "history.jsonl").read_text().splitlines(keepends=True)
+    (run / "history.jsonl").write_text("".join(history[:4]))
+
+    def press():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(look, "time", Clock(press))
+    ran = invoke("watch", run)
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    assert "of 20 (" in ran.stdout
+    assert "(finished)" not in ran.stdout

@@ -178,7 +178,9 @@ def test_eight_bit_state_is_cut_to_within_one_code():
 def test_eight_bit_state_of_which_nothing_is_cut_stays_as_it_is():
     old = nn.Parameter(torch.randn(12, 100))
     optimizer = bitsandbytes.optim.AdamW8bit([old], lr=1e-2, min_8bit_size=1)
-    old.grad = -torch.rand_like(old)  # the book has no code for -1: encoding anew would shrink maxima
+    old.grad = -torch.rand_like(
+        old
+    )  # the book has no code for -1: encoding anew would shrink maxima
     optimizer.step()
     state = optimizer.state[old]
     whole = cut_states(state, old, torch.arange(12), 0)

@@ -295,3 +295,18 @@ def test_ranks_that_do_not_fit_the_model_are_refused(ranks, message):
 def test_ranks_that_are_all_zero_are_refused():
     with pytest.raises(ValueError, match="ranks must hold a rank above 0"):
         AdapterOptions(ranks={"a": 0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must lie in \[0, 1\)"),
+        ({"prune_start": 0.5, "prune_end": 0.5}, "prune_start=0.5, prune_end=0.5 must satisfy"),
+        ({"prune_end": 1.5}, "prune_end=1.5 must satisfy 0 <= prune_start < prune_end <= 1"),
+        ({"bottleneck": 0}, "bottleneck=0 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_options_out_of_their_range_are_refused_with_the_rule(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterOptions(**fields)

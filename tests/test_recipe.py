@@ -47,6 +47,7 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
             ["--lerning_rate", "1"],
             "unknown option '--lerning_rate'; did you mean '--learning_rate'",
         ),
+        (["--lr", "3"], "unknown option '--lr'; did you mean '--learning_rate'"),
         (["--training.sed", "1"], "unknown field 'training.sed'; did you mean 'training.seed'"),
         (["--training.seed", "1"], "may not be given: set the recipe's field seed"),
         (["--adapter.target_r", "many"], "field 'adapter.target_r' is 'many': input should be"),
@@ -62,6 +63,8 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
         (["seed", "3"], "'seed' is out of place; write --field value"),
         (["--seed", "["], "cannot be read as YAML"),
         (["--data", "rows.csv"], "data is 'rows.csv'; write fields below it"),
+        (["--data.xyz", "1"], r"unknown field 'data\.xyz'; known are config, eval_share, .*train"),
+        (["--training.xyz", "1"], "unknown field 'training.xyz'; no known one is near it; docs/"),
     ],
 )
 def test_mistakes_name_the_field_the_rule_and_the_way_out(overrides, message):

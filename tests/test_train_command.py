@@ -1,9 +1,11 @@
 """``dynlora train``: what it prints, its exit codes, its modes."""
 
 import json
+import re
 
 import pytest
 import yaml
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from dynlora.cli import train as train_command
@@ -69,6 +71,7 @@ def test_a_dry_run_shows_recipe_schedule_and_sizes(path, tmp_path):
     ran = train(path, "--dry-run", "--max_steps", 100)
     assert ran.exit_code == 0, ran.output
     assert "target_r: 2.0" in ran.stdout
+    assert "39 components at the start" in ran.stdout
     assert "26 components after step 50" in ran.stdout
     assert not (tmp_path / "out").exists()
     (planned,) = json_lines(train(path, "--dry-run", "--json").stdout)
@@ -105,3 +108,61 @@ def test_ctrl_c_says_how_to_go_on(path, monkeypatch):
 def test_debug_shows_the_traceback(path):
     ran = train(path, "--label", "y", "--debug")
     assert isinstance(ran.exception, ValueError)
+
+
+def test_a_run_that_diverges_is_one_line_and_exit_code_1(path, monkeypatch):
+    def diverged(*_args, **_options):
+        raise FloatingPointError("NaN or infinite gradient at step 8")
+
+    monkeypatch.setattr(train_command, "run", diverged)
+    ran = train(path)
+    assert (ran.exit_code, ran.stderr) == (1, "dynlora: NaN or infinite gradient at step 8\n")
+
+
+def test_ctrl_c_without_a_checkpoint_promises_nothing(path, monkeypatch):
+    def stopped(*_args, **_options):
+        raise Interrupted(7, has_checkpoint=False)
+
+    monkeypatch.setattr(train_command, "run", stopped)
+    ran = train(path)
+    assert ran.exit_code == 130
+    assert "stopped after step 7; this method cannot go on from a checkpoint." in ran.stderr
+
+
+def test_a_method_without_ranks_tells_its_parameters_alone(path):
+    ran = train(path, "--method", "bitfit", "--eval_strategy", "no")
+    assert ran.exit_code == 0, ran.output
+    assert re.search(r"^([\d,]+) -> \1 parameters *$", ran.stdout, re.MULTILINE)
+    assert "12 steps in " in ran.stdout
+
+
+def test_all_prunings_of_a_short_schedule_are_shown(path):
+    text = train(path, "--dry-run", "--max_steps", 20).stdout
+    planned = json_lines(train(path, "--dry-run", "--json", "--max_steps", 20).stdout)[0]
+    assert 1 < len(planned["schedule"]) <= train_command.EVENTS_SHOWN
+    for step, budget in planned["schedule"]:
+        assert f"{budget} components after step {step}" in text
+
+
+def test_a_quiet_dry_run_checks_and_prints_nothing(path):
+    ran = train(path, "--dry-run", "--quiet")
+    assert (ran.exit_code, ran.output) == (0, "")
+
+
+def test_of_several_processes_the_first_alone_tells_and_writes(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "is_world_process_zero", lambda _trainer: False)
+    monkeypatch.setenv("RANK", "1")
+    ran = train(path, "--method", "houlsby", "--save_strategy", "no", "--eval_strategy", "no")
+    assert (ran.exit_code, ran.output) == (0, "")
+    assert [*(tmp_path / "out").glob("*")] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("--dryrun", "--dry-run"), ("--dry_run", "--dry-run"), ("--re-sume", "--resume")]
+)  # fmt: skip
+def test_a_flag_without_its_hyphens_trains_nothing(path, tmp_path, given, meant):
+    ran = train(path, given)
+    assert (ran.exit_code, ran.stderr) == (
+        2, f"dynlora: unknown option '{given}'; did you mean '{meant}'?\n"
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()

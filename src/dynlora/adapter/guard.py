@@ -62,12 +62,7 @@ def stop_waiting(layer: nn.Module, adapter: str) -> None:
 
 
 def _refuse_unattended_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    gates = {
-        id(gate): (adapter, heard)
-        for layer, adapters in _waiting.items()
-        for adapter, heard in adapters.items()
-        if is_gated(layer, adapter) and (gate := factors(layer, adapter)[2]).grad is not None
-    }
+    gates = _gates_about_to_move()
     if not gates:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -87,3 +82,20 @@ def _refuse_unattended_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> N
                 "would ever be pruned. Build RankAllocator(model, optimizer, ...) with the optimizer "
                 "whose step() trains the adapter."
             )
+
+
+def _gates_about_to_move() -> dict[int, tuple[str, ReferenceType[Optimizer] | None]]:
+    """Adapter and optimizer of the waiting gates that have a gradient, by the gate's id."""
+    found = {}
+    for reference in _waiting.keyrefs():  # all at once: another thread may train a model of its own
+        layer = reference()
+        if layer is None:
+            continue
+        for adapter, heard in _waiting.get(layer, {}).items():
+            if not is_gated(layer, adapter):
+                continue
+            gate = factors(layer, adapter)[2]
+            # FSDP1 may leave a view of a flat tensor in its place, which must not even be asked
+            if isinstance(gate, nn.Parameter) and gate.grad is not None:
+                found[id(gate)] = adapter, heard
+    return found

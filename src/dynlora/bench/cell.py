@@ -25,7 +25,7 @@ def run_cell(spec_path: Path, log: Path, environment: Mapping[str, str]) -> None
     """Run what the spec says, in a process that does nothing else; an error ends it with its traceback.
 
     Args:
-        spec_path: JSON file with the recipe, the sets that select and report, and where the result goes.
+        spec_path: JSON file; see :func:`run_spec`.
         log: file that takes what the run prints.
         environment: variables to set before anything is computed.
     """
@@ -38,7 +38,16 @@ def run_cell(spec_path: Path, log: Path, environment: Mapping[str, str]) -> None
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # torch has read the variable before
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    spec = json.loads(spec_path.read_text(encoding="utf8"))
+    run_spec(spec_path)
+
+
+def run_spec(path: Path) -> None:
+    """Run a cell in this process and write its result.
+
+    Args:
+        path: JSON file with the recipe, the sets that select and report, and where the result goes.
+    """
+    spec = json.loads(path.read_text(encoding="utf8"))
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recipe = recipe_from(spec["recipe"])
     run(recipe)

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,9 +156,10 @@ def _ranks(summary: Mapping[str, Any]) -> str:
 
 
 def _sweep(summary: Mapping[str, Any]) -> str:
-    """Score by learning rate, a panel per task."""
+    """Score by learning rate, a panel per task; nothing where no method has two of them."""
     tasks = [t["name"] for t in summary["tasks"]]
-    if not summary["sweep"]:
+    swept = Counter((e["task"], e["method"]) for e in summary["sweep"])
+    if max(swept.values(), default=0) < 2:
         return ""
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -167,7 +169,8 @@ def _sweep(summary: Mapping[str, Any]) -> str:
         _sweep_panel(axes, summary, task)
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False)
+    columns = -(-len(summary["methods"]) // 14)  # a longer legend is taller than its panel
+    panels[0].legend(fontsize=7, frameon=False, ncols=columns)
     return _svg(figure)
 
 

@@ -177,11 +177,11 @@ def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) 
         _write_spec(bench, cell, place, target)
         log = place / "log.txt"
         code = _run_process(place / "spec.json", slot, log, bench.stop, ledger, number)
-        if bench.stop.is_set() and not target.is_file():
-            return None
-        if code == 0:
+        if target.is_file():  # whole, and the last thing a cell does, however its process ended
             result: Result = json.loads(target.read_text(encoding="utf8"))
             return result
+        if bench.stop.is_set():
+            return None
         log.touch()  # of a process that ended before it had begun
         text = log.read_text(encoding="utf8", errors="replace")
         shutil.copy(log, bench.folder / WORK / f"{cell.key}.log")

@@ -1,5 +1,6 @@
 """The pretrained model a run starts from, with the modules that are new in it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,15 +36,26 @@ class BaseOptions:
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """The same as arguments of ``from_pretrained``."""
+    def arguments(self, *, head: Sequence[str] = ()) -> dict[str, Any]:
+        """The same as arguments of ``from_pretrained``.
+
+        Args:
+            head: modules that are trained themselves, which a quantised one cannot be; transformers
+                spares a head by itself only where its last layer has no bias.
+        """
         named = {
             "revision": self.revision,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code or None,
-            "quantization_config": self.quantization and BitsAndBytesConfig(**self.quantization),
+            "quantization_config": self._quantization(head),
         }
         return {"dtype": self.dtype} | {k: v for k, v in named.items() if v is not None}
+
+    def _quantization(self, head: Sequence[str]) -> BitsAndBytesConfig | None:
+        if not self.quantization:
+            return None
+        spared = [*(self.quantization.get("llm_int8_skip_modules") or []), *head]
+        return BitsAndBytesConfig(**{**self.quantization, "llm_int8_skip_modules": spared or None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +120,14 @@ class BaseModel:
                 f"{auto_class.__name__}: name a model whose head fits the task."
             )
         if self.is_skeleton:
-            with torch.device("meta"):
-                skeleton = auto_class.from_config(config)
-            return skeleton, outside_the_trunk(skeleton)
+            return _skeleton(auto_class, config)
+        head = _skeleton(auto_class, config)[1] if self.load.quantization else []
         model, loading = auto_class.from_pretrained(
             self.name,
             config=config,
             ignore_mismatched_sizes=True,  # a head for other labels is replaced
             output_loading_info=True,
-            **self.load.arguments(),
+            **self.load.arguments(head=head),
         )
         drawn = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
         return model, sorted({key.rpartition(".")[0] for key in drawn})
@@ -124,6 +135,13 @@ class BaseModel:
     def _source(self) -> dict[str, Any]:
         keep = ("revision", "trust_remote_code")
         return {k: v for k, v in self.load.arguments().items() if k in keep}
+
+
+def _skeleton(auto_class: Any, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """A model without weights, and the names of the modules of its head."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    return model, outside_the_trunk(model)
 
 
 def outside_the_trunk(model: PreTrainedModel) -> list[str]:

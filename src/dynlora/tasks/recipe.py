@@ -17,6 +17,16 @@ from dynlora.tasks.typed_fields import RecipeError, build, check_values, field_t
 
 SECTIONS = ("data", "options", "base", "adapter", "training")
 
+SHORTHANDS = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "rank": "target_r",
+    "r": "target_r",
+}
+"""Names that people try first, too far from the real ones to be found by their letters."""
+
 OWNED_BY_THE_RUN = {
     "output_dir": "set the recipe's field output",
     "seed": "set the recipe's field seed",
@@ -179,6 +189,8 @@ def _put(values: dict[str, Any], name: str, value: Any, family: Family) -> None:
         raise RecipeError(f"--{name} could mean {both}; write one of them.")
     if not owners:
         bare = {f for fields in known.values() for f in fields}
+        if name in SHORTHANDS:
+            raise RecipeError(f"unknown option '--{name}'; did you mean '--{SHORTHANDS[name]}'?")
         raise RecipeError(unknown_name("option", name, bare, section="--"))
     _put(values, f"{owners[0]}.{name}", value, family)
 

@@ -51,8 +51,6 @@ def build(cls: type[T], values: Mapping[str, Any], *, section: str = "") -> T:
         raise RecipeError(f"field {section + missing[0]!r} is missing; add it to the recipe.")
     try:
         return cls(**checked)
-    except RecipeError:
-        raise
     except ValueError as error:
         raise RecipeError(f"{section}{error}") from error
 
