@@ -220,7 +220,8 @@ def demo(
 
     Prints accuracy before and after, the rank that each module ends with,
     and whether the saved adapter loads in stock PEFT without dynlora.
-    Takes about 3 minutes on 2 CPU cores.
+    Takes about 3 minutes on 2 CPU cores. A and B start from N(0, 0.02²),
+    which is quicker than the default start in so short a run.
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
