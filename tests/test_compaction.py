@@ -154,7 +154,7 @@ def test_where_components_share_state_the_losses_stay_close(name):
     torch.testing.assert_close(compacted, masked, rtol=0.05, atol=0)
 
 
-def test_eight_bit_state_is_cut_to_within_one_code():
+def test_eight_bit_state_is_cut_to_within_half_a_code():
     old = nn.Parameter(torch.randn(12, 100))
     optimizer = bitsandbytes.optim.AdamW8bit([old], lr=1e-2, min_8bit_size=1)
     old.grad = torch.randn_like(old)
@@ -172,7 +172,9 @@ def test_eight_bit_state_is_cut_to_within_one_code():
         )
         assert after.shape == (4, 100)
         scale = before.abs().max()
-        assert (after - before[keep]).abs().max() <= scale * state[f"qmap{i}"].diff().max() / 2
+        half_a_code = state[f"qmap{i}"].diff().max() / 2
+        nearly = 1.01  # bitsandbytes takes a neighbour where two codes are as near to 0.2 %
+        assert (after - before[keep]).abs().max() <= nearly * scale * half_a_code
 
 
 def test_eight_bit_state_of_which_nothing_is_cut_stays_as_it_is():

@@ -90,7 +90,7 @@ def _cut_quantised(
     """One moment of a bitsandbytes 8-bit optimizer: codes, their book, one maximum a block.
 
     Blocks run over all values in memory order, so that a cut moves their borders: the moment is
-    decoded, cut and encoded anew. That loses up to a code (the book has no -1, so that a block whose
+    decoded, cut and encoded anew. That loses up to half a code (the book has no -1, so that a block whose
     largest value is negative finds a smaller maximum); where nothing is cut, nothing is touched.
     """
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
