@@ -146,9 +146,8 @@ class ImportanceScore:
         if self.name != "sensitivity" or not needs_full_gradient(layers[0].gate):
             return
         gradients = {m.name: full_gradient(m.gate) for m in layers}
-        if (
-            grad_scale is not None
-        ):  # not in place: the gradient may be the very one the step will use
+        if grad_scale is not None:
+            # not in place: the gradient may be the very one the step will use
             gradients = {n: None if g is None else g / grad_scale for n, g in gradients.items()}
         self._gathered = gradients
 

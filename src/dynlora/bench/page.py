@@ -169,8 +169,8 @@ def _sweep(summary: Mapping[str, Any]) -> str:
         _sweep_panel(axes, summary, task)
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
-    columns = -(-len(summary["methods"]) // 14)  # a longer legend is taller than its panel
-    panels[0].legend(fontsize=7, frameon=False, ncols=columns)
+    rows = 14  # a longer legend is taller than its panel
+    panels[0].legend(fontsize=7, frameon=False, ncols=-(-len(summary["methods"]) // rows))
     return _svg(figure)
 
 

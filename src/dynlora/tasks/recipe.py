@@ -188,9 +188,9 @@ def _put(values: dict[str, Any], name: str, value: Any, family: Family) -> None:
         both = " and ".join(f"--{owner}.{name}" for owner in owners)
         raise RecipeError(f"--{name} could mean {both}; write one of them.")
     if not owners:
-        bare = {f for fields in known.values() for f in fields}
         if name in SHORTHANDS:
             raise RecipeError(f"unknown option '--{name}'; did you mean '--{SHORTHANDS[name]}'?")
+        bare = {f for fields in known.values() for f in fields}
         raise RecipeError(unknown_name("option", name, bare, section="--"))
     _put(values, f"{owners[0]}.{name}", value, family)
 
