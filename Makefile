@@ -4,19 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
+LAB_TESTS := lab/tests lab/src
 
-.PHONY: setup demo test test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench ci
+.PHONY: setup demo test test-lab test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench ci
 
 setup: .venv/dev.stamp
 
-.venv/cli.stamp: pyproject.toml constraints.txt
+.venv/cli.stamp: pyproject.toml lab/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) -e ".[cli]"
+	$(PIP) -e ".[cli]" -e ./lab
 	touch $@
 
 .venv/dev.stamp: .venv/cli.stamp
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[dev]" -e "./lab[dev]"
 	touch $@
 
 demo: .venv/cli.stamp
@@ -25,8 +26,11 @@ demo: .venv/cli.stamp
 test: .venv/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
+test-lab: .venv/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(LAB_TESTS)
+
 test-slow: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests $(LAB_TESTS)
 
 .venv/zero.stamp: .venv/dev.stamp
 	$(PIP) hatchling editables
@@ -42,10 +46,11 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 	$(CLEAN_CACHE) && $(BIN)/lint-imports
 	$(BIN)/deptry src
+	cd lab && ../$(BIN)/deptry src
 	$(BIN)/vulture
 
 coverage: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=97
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" tests src $(LAB_TESTS) --cov --cov-report=term --cov-fail-under=97
 	$(BIN)/coverage report --include="*/allocation/*" --fail-under=100
 
 mutants: .venv/dev.stamp
@@ -73,4 +78,4 @@ bench: .venv/dev.stamp
 	for question in step_cost allocator_cost whole_run shared_input render; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
 
-ci: check test demo
+ci: check test test-lab demo

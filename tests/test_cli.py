@@ -1,171 +1,45 @@
-"""The command line: help, one-line errors, exit codes, and a whole demo on a tiny model."""
+"""The command line: help, version, start-up without torch, and verbs of another distribution."""
 
-import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
-from peft import PeftConfig
-from rich.console import Console
+import typer
 from typer.testing import CliRunner
 
-from dynlora.cli import demo as demo_command
+from dynlora.cli import verbs
 from dynlora.cli.main import app
-from dynlora.tasks.demo_run import DemoResult
-from dynlora.tasks.reload_check import ReloadError, reload_difference
-from dynlora.tasks.run_files import RUN_FILE
-from tiny_classifier import save_encoder, save_texts
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80"})
 
 
-def demo(tmp_path, *arguments):
-    return invoke("demo", "--output", tmp_path / "out", *arguments)
+BREW = f"{__name__}:brew_app"
 
 
 @pytest.fixture
-def inputs(tmp_path):
-    model, data = save_encoder(tmp_path / "tiny"), save_texts(tmp_path / "texts.csv")
-    return ["--model", model, "--data", data]
+def installed(monkeypatch):
+    """Verbs that are installed beside the library: a dictionary, empty at first."""
+    found = {}
+    monkeypatch.setattr(verbs, "installed_verbs", lambda: found)
+    return found
 
 
-def result_in(folder, *, after=0.9, components=4, difference=0.0):
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(b"weights")
-    return DemoResult(
-        record={
-            "recipe": {"adapter": {"init_r": 3, "target_r": 2}},
-            "evaluations": [{"step": 0, "eval_accuracy": 0.4}],
-            "metrics": {"eval_accuracy": after},
-            "baselines": {"accuracy": 0.5},
-            "ranks": {
-                "bert.encoder.layer.0.output.dense": 3,
-                "bert.encoder.layer.1.output.dense": 1,
-            },
-            "budget": {
-                "modules": 2,
-                "components_start": 6,
-                "components_end": components,
-                "parameters_start": 600,
-                "parameters_end": 400,
-            },
-            "steps": 10,
-            "train_s": 1.0,
-        },
-        adapter_file=weights,
-        reload_difference=difference,
-    )
+brew_app = typer.Typer(add_completion=False)  # what an entry point names
 
 
-def test_a_whole_demo_on_a_tiny_model(tmp_path, inputs):
-    ran = demo(tmp_path, *inputs, "--max-steps", 48, "--batch-size", 8)
-    assert ran.exit_code == 0, ran.output
-    assert "components 78 52" in " ".join(ran.stdout.split())
-    assert "max |Δ logits|" in ran.stdout
-    assert ran.stderr == ""
-    record = json.loads((tmp_path / "out" / RUN_FILE).read_text())
-    assert record["budget"]["components_end"] == 52
-    assert record["reload_difference"] <= 1e-5
-    assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
-
-    again = demo(tmp_path, *inputs, "--target-r", 7)  # the folder may be used again: no word of it
-    assert again.exit_code == 2
-    assert "target_r=7" in again.stderr
+@brew_app.command()
+def brew(cups: int):
+    """Make coffee."""
+    typer.echo(f"{cups} cups")
 
 
-def assert_one_line_error(ran, message, code=2):
-    assert ran.exit_code == code
-    assert message in ran.stderr
-    assert ran.stderr.startswith("dynlora: ")
-    assert ran.stderr.count("\n") == 1
-
-
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
-    for arguments, message in [
-        (["--target-r", 9], "init_r=6 must be at least target_r=9.0"),
-        (["--data", tmp_path / "absent.csv"], "absent.csv is not a file; give a CSV file"),
-        (["--epochs", 1, "--max-steps", 5], "epochs=1.0, max_steps=5: give one of the two"),
-        (["--max-steps", 0], "max_steps=0 must be above 0"),
-        (["--learning-rate", -1], "learning_rate=-1.0 must be above 0"),
-        (["--quick", "--epochs", 2], "--quick means --max-steps 60"),
-    ]:
-        assert_one_line_error(demo(tmp_path, *arguments), message)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_that_does_not_exist_is_a_mistake(tmp_path):
-    data = save_texts(tmp_path / "texts.csv")
-    ran = demo(tmp_path, "--model", tmp_path / "absent", "--data", data)
-    assert_one_line_error(ran, "absent")
-
-
-def test_foreign_output_is_never_overwritten(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    ran = demo(tmp_path)
-    assert_one_line_error(ran, f"is not empty and no run made it: there is no {RUN_FILE}")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    (tmp_path / "file").write_text("")
-    assert_one_line_error(invoke("demo", "--output", tmp_path / "file"), "is a file; name a folder")
-
-
-def test_debug_shows_the_traceback(tmp_path):
-    ran = demo(tmp_path, "--max-steps", 0, "--debug")
-    assert isinstance(ran.exception, ValueError)
-    assert ran.exit_code == 1
-
-
-def test_a_failed_check_is_exit_code_1(tmp_path, monkeypatch):
-    unkept = result_in(tmp_path, after=0.5, components=5, difference=float("nan"))
-    monkeypatch.setattr(demo_command, "run_demo", lambda *_, **__: unkept)
-    ran = demo(tmp_path)
-    assert ran.exit_code == 1
-    lines = ran.stderr.splitlines()
-    assert len(lines) == 3
-    assert "accuracy 0.500 is not above 0.500" in lines[0]
-    assert "5 components are left where target_r asks for 4" in lines[1]
-    assert "logits differ by nan" in lines[2]
-    assert "Final ranks" in ran.stdout
-
-
-def test_a_failed_reload_is_exit_code_1(tmp_path, monkeypatch):
-    def fail(*_args, **_options):
-        raise ReloadError("does not load")
-
-    monkeypatch.setattr(demo_command, "run_demo", fail)
-    assert_one_line_error(demo(tmp_path), "does not load", code=1)
-
-
-def test_reload_says_why_it_failed(tmp_path):
-    import torch
-
-    batch = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
-    with pytest.raises(ReloadError, match="does not load with stock PEFT: .*Error"):
-        reload_difference(
-            tmp_path, batch, base=str(tmp_path), pad_token_id=0, expected=torch.zeros(1, 2)
-        )
-
-
-def test_figures_fit_80_columns(tmp_path):
-    console = Console(width=80, record=True, file=None, quiet=False)
-    with console.capture() as captured:
-        console.print(demo_command.result_view(result_in(tmp_path), width=80))
-    text = captured.get()
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
-    assert "after training" in text
-    assert "90.0%" in text
-    assert "3 -> 2" in text
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["train", "--help"]])
-def test_help_fits_80_columns(arguments, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    ran = invoke(*arguments)
+def test_help_fits_80_columns():
+    ran = invoke("--help")
     assert ran.exit_code == 0
     assert max(map(len, ran.stdout.splitlines())) <= 80
-    assert "Fine-tune a" in ran.stdout
 
 
 def test_version_is_printed():
@@ -178,9 +52,47 @@ def test_python_m_dynlora_is_the_command():
     assert done.stdout.startswith("dynlora ")
 
 
-def test_bench_without_its_packages_says_what_to_install(monkeypatch):
-    for module in ("dynlora.cli.bench", "dynlora.bench.render", "dynlora.bench.page"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    ran = invoke("bench", "suite.yaml")
-    assert_one_line_error(ran, "this needs matplotlib; pip install 'dynlora[bench]'")
+@pytest.mark.parametrize("arguments", [["--help"], ["trian"], ["train", "--help"], ["--version"]])
+def test_help_and_a_typo_do_not_wait_for_torch(arguments):
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['peft'] = None\n"
+        "from dynlora.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.stdout or done.returncode == 2
+
+
+@pytest.mark.parametrize("verb", sorted(verbs.LAB_VERBS))
+@pytest.mark.parametrize("more", [[], ["--help"], ["some.yaml", "--seed", "3"]], ids=str)
+def test_a_verb_of_the_lab_says_how_to_install_it(installed, verb, more):
+    ran = invoke(verb, *more)
+    assert ran.exit_code == 2
+    assert ran.stdout == ""
+    assert ran.stderr == (f"dynlora: {verb} is a command of dynlora-lab; pip install dynlora-lab\n")
+
+
+def test_help_lists_verbs_of_the_lab_only_when_it_is_installed(installed):
+    assert "bench" not in invoke("--help").stdout
+    installed["bench"] = EntryPoint("bench", BREW, verbs.GROUP)
+    assert "bench" in invoke("--help").stdout
+
+
+def test_a_verb_of_another_distribution_is_loaded_when_it_is_asked_for(installed):
+    installed["broken"] = EntryPoint("broken", "no_such_module:app", verbs.GROUP)
+    installed["coffee"] = EntryPoint("coffee", BREW, verbs.GROUP)
+    assert invoke("coffee", "3").stdout == "3 cups\n"
+    assert " coffee [OPTIONS]" in invoke("coffee", "--help").stdout
+
+
+def test_another_distribution_cannot_take_a_verb_of_the_library(installed):
+    installed["inspect"] = EntryPoint("inspect", BREW, verbs.GROUP)
+    assert "Make coffee" not in invoke("inspect", "--help").stdout
+
+
+def test_a_mistyped_verb_of_another_distribution_is_suggested(installed):
+    installed["coffee"] = EntryPoint("coffee", BREW, verbs.GROUP)
+    ran = invoke("cofee")
+    assert ran.exit_code == 2
+    assert "coffee" in ran.stderr

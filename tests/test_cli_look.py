@@ -134,7 +134,7 @@ def test_commands_that_read_files_do_not_wait_for_torch(native, tmp_path, comman
     more = {"inspect": ["--effective"], "report": [], "watch": ["--once"]}[command]
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv[0] = 'dynlora'\n"
-        "from dynlora_command import main; main()"
+        "from dynlora.cli.main import main; main()"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code, command, str(target), *more],

@@ -4,14 +4,16 @@ import inspect
 import json
 import subprocess
 import sys
-from types import ModuleType
+
+import pytest
 
 import dynlora
+from dynlora import _public
 
 
 def test_public_names_are_the_promised_ones():
-    seen = {n for n, v in vars(dynlora).items() if n[0] != "_" and not isinstance(v, ModuleType)}
-    assert sorted(seen) == sorted(dynlora.__all__)
+    seen = {name for name in dir(dynlora) if name[0] != "_"}
+    assert sorted(seen) == sorted(dynlora.__all__) == sorted(_public.__all__)
     assert {
         "AdapterFileError", "DynLoraCallback", "DynLoraConfig", "RankAllocator", "dem_loss",
         "export_lora", "finalize_",
@@ -24,11 +26,28 @@ def loaded_by(statement):
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_importing_loads_no_data_plotting_or_command_line_code():
+def test_importing_the_package_alone_loads_no_torch():
     loaded = loaded_by("import dynlora")
+    assert not loaded & {"torch", "peft", "transformers", "dynlora._public"}
+
+
+def test_the_first_use_of_a_name_registers_the_method_with_peft():
+    for use in ("from dynlora import RankAllocator", "import dynlora; dynlora.dem_loss"):
+        probe = f"{use}; from peft.utils.peft_types import PeftType; PeftType('DYNLORA')"
+        subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'dynlora' has no attribute 'DoraConfig'"):
+        _ = dynlora.DoraConfig
+
+
+def test_using_a_name_loads_no_data_plotting_or_command_line_code():
+    loaded = loaded_by("from dynlora import DynLoraConfig")
     assert not loaded & {"datasets", "matplotlib", "trl", "typer", "transformers.trainer"}
     ours = {name for name in loaded if name.startswith("dynlora.")}
-    assert not {name for name in ours if name.split(".")[1] in {"cli", "tasks", "report", "data"}}
+    assert not {name for name in ours if name.split(".")[1] in {"cli", "report"}}
+    assert "dynlora_lab" not in loaded
     host = loaded_by("import peft.tuners.lora, transformers.trainer_callback")
     beyond = {name.split(".")[0] for name in loaded - host} - {"dynlora"}
     assert beyond == set()  # nothing that PEFT and transformers do not load themselves

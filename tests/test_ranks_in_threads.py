@@ -27,7 +27,6 @@ from dynlora.adapter.sharding import (
 )
 from dynlora.distributed import DdpFinder, agreed, any_process, is_first_process
 from dynlora.history import read_history
-from dynlora.tasks.interrupt import AGREE_EVERY, Interrupted, StopOnInterrupt
 from group_of_threads import RANKS, on_all_ranks, returned
 from small_net import adamw, adapted, attached, data, small_net, train
 from test_distributed import RTOL, single_process
@@ -190,30 +189,6 @@ def test_a_flag_of_one_rank_is_heard_by_all(flags):
 
 def test_the_first_rank_alone_writes():
     assert returned(on_all_ranks(lambda _rank: is_first_process())) == [True, False]
-
-
-def test_ranks_stop_together_at_the_step_that_they_agree_on():
-    """Only rank 1 hears of Ctrl-C; both write the checkpoint of the next step that is agreed on."""
-
-    def work(rank):
-        stop = StopOnInterrupt()
-        if rank == 1:
-            stop._on_signal(2, None)
-        saved, arguments = [], SimpleNamespace(device=CPU)
-        for step in range(1, 2 * AGREE_EVERY):
-            state, control = TrainerState(global_step=step), TrainerControl(should_evaluate=True)
-            stop.on_step_end(arguments, state, control)
-            if control.should_save:
-                assert not control.should_evaluate
-                saved.append(step)
-                with pytest.raises(Interrupted) as caught:
-                    stop.on_save(arguments, state, control)
-                assert (caught.value.step, caught.value.has_checkpoint) == (step, True)
-                break
-            stop.on_save(arguments, state, control)  # Trainer's own: no reason to stop
-        return saved
-
-    assert returned(on_all_ranks(work)) == [[AGREE_EVERY]] * RANKS
 
 
 def test_the_wrapper_of_a_model_that_one_was_given_from_the_inside_is_caught_at_work():

@@ -1,6 +1,7 @@
 """What commands share: quiet libraries, one-line errors, exit codes."""
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,32 +12,33 @@ from rich.text import Text
 USER_MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
 
+NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def quiet_imports() -> None:
+    """No lines of libraries that say at import what they could not load, though nobody asked for it."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No load reports, progress bars and hints of other libraries between our lines."""
-    import datasets
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    had_bars = not datasets.are_progress_bars_disabled()
-    if had_bars:
-        datasets.disable_progress_bars()
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # else it warns when we start a process
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for our user
-            # PEFT takes a module that its AdaLoRA cut to rank 0 for a shard that was not gathered
-            warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-        if had_bars:
-            datasets.enable_progress_bars()
 
 
 def report_error(error: BaseException, *, code: int, debug: bool) -> int:

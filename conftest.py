@@ -1,0 +1,23 @@
+"""What every test of library and lab starts from: fixed seeds, and no deadlines."""
+
+from importlib.metadata import version
+
+import pytest
+from hypothesis import settings
+from packaging.version import Version
+from transformers import set_seed
+
+settings.register_profile("any-machine", deadline=None)  # a busy one is slow, not wrong
+settings.load_profile("any-machine")
+
+# torch's process group of threads is internal, and was tried with this version first
+collect_ignore = (
+    ["tests/test_ranks_in_threads.py", "lab/tests/test_interrupt_in_threads.py"]
+    if Version(version("torch")) < Version("2.13")
+    else []
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    set_seed(0)

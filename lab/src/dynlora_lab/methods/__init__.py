@@ -1,0 +1,30 @@
+"""The ways to adapt a model that a recipe's field ``method`` chooses from.
+
+Each is one function ``(AdapterOptions, Target) -> Adapted``. All get the same head, data order,
+number of steps and budget; the budget counts adapter parameters without the head.
+"""
+
+from collections.abc import Callable
+
+from dynlora_lab.methods.adalora import adalora
+from dynlora_lab.methods.adapted import Adapted, Target
+from dynlora_lab.methods.bottleneck import houlsby, pfeiffer
+from dynlora_lab.methods.dynamic import dynlora, gated, random
+from dynlora_lab.methods.lora import lora, lora_svd
+from dynlora_lab.methods.options import AdapterOptions
+from dynlora_lab.methods.whole_model import bitfit, full
+
+METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
+    "dynlora": dynlora,
+    "lora": lora,
+    "adalora": adalora,
+    "full": full,
+    "bitfit": bitfit,
+    "houlsby": houlsby,
+    "pfeiffer": pfeiffer,
+    "gated": gated,
+    "random": random,
+    "lora-svd": lora_svd,
+}
+
+__all__ = ["METHODS", "Adapted", "AdapterOptions", "Target"]

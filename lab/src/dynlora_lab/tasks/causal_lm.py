@@ -1,0 +1,254 @@
+"""Causal language models on plain text or instructions, through TRL's SFTTrainer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from trl import SFTConfig, SFTTrainer
+
+from dynlora_lab.tasks.base_model import BaseModel
+from dynlora_lab.tasks.data import Splits, need_columns, need_texts
+from dynlora_lab.tasks.family import Family, Prepared, TaskData
+from dynlora_lab.tasks.scoring.perplexity import perplexity, row_losses
+from dynlora_lab.tasks.scoring.summaries import rouge_scores
+from dynlora_lab.tasks.scoring.translations import translation_scores
+from dynlora_lab.tasks.typed_fields import RecipeError
+
+Layout = Literal["text", "instruction", "messages"]
+Generation = Literal["rouge", "bleu"]
+
+SCORES: dict[str, Callable[[list[str], list[str]], dict[str, float]]] = {
+    "rouge": rouge_scores,
+    "bleu": translation_scores,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The recipe's section ``options`` for the task ``causal-lm``.
+
+    Attributes:
+        layout: ``text``: a text column, every token counts. ``instruction``: an instruction and an
+            answer; ``messages``: a list of ``{role, content}`` whose last one is the answer. With both
+            only the answer counts, and the tokenizer's chat template, where it has one, is put around.
+        text: text column of the first layout.
+        prompt, answer: text columns of the second; ``prompt`` may also be a template over columns,
+            such as "Rewrite in modern English: {source}".
+        messages: column of the third.
+        max_length: tokens of a row; more are cut off, or with ``packing`` go on in the next row.
+        packing: rows of plain text are joined and cut into full rows of ``max_length``.
+        generate: write answers for the first ``generate_rows`` rows when measuring, and score them.
+        generate_rows, max_new_tokens: how many, and how long.
+    """
+
+    layout: Layout = "text"
+    text: str = "text"
+    prompt: str = "prompt"
+    answer: str = "answer"
+    messages: str = "messages"
+    max_length: int = 512
+    packing: bool = False
+    generate: Generation | None = None
+    generate_rows: int = 32
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        """Check ranges and what excludes each other.
+
+        Raises:
+            ValueError: a number is out of its range, or a field does not fit the layout.
+        """
+        for name in ("max_length", "generate_rows", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.layout == "text" and self.generate:
+            raise ValueError(
+                f"generate={self.generate!r} needs answers to compare with; set layout to instruction or "
+                "messages, or leave generate out."
+            )
+        if self.layout != "text" and self.packing:
+            raise ValueError(
+                f"packing=True joins rows of plain text, and layout is {self.layout!r}; leave it out."
+            )
+
+    @property
+    def is_template(self) -> bool:
+        """Whether ``prompt`` is a template over columns."""
+        return "{" in self.prompt
+
+
+def read(options: Options, splits: Splits) -> TaskData:
+    """Rows as TRL takes them: text, or prompt and completion (texts or lists of messages).
+
+    Raises:
+        RecipeError: a column is missing or empty, or messages do not end in an answer.
+    """
+    _check_columns(options, splits)
+    shaped = partial(_shaped, options=options, where=splits.where)
+    return TaskData(
+        train=shaped(splits.train, split="train"),
+        evals={name: shaped(rows, split=name or "eval") for name, rows in splits.evals.items()},
+    )
+
+
+def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
+    """Model and tokenizer; TRL itself puts the chat template around, tokenises and packs."""
+    tokenizer = base.tokenizer()
+    model, new = base.model(AutoModelForCausalLM)
+    as_chat = partial(_templated, has_template=tokenizer.chat_template is not None)
+    evals = {name: as_chat(rows) for name, rows in data.evals.items()}
+    return Prepared(
+        model=model,
+        processor=tokenizer,
+        head=new,
+        train=as_chat(data.train),
+        evals=evals,
+        compute_metrics=partial(_measured, options, model, tokenizer, evals),
+    )
+
+
+def _check_columns(options: Options, splits: Splits) -> None:
+    if options.layout == "messages":
+        need_columns(splits, [options.messages], option="options.messages")
+        return
+    if options.layout == "text":
+        columns = {"text": options.text}
+    elif options.is_template:
+        columns = {"answer": options.answer}
+        _check_template(options, splits)
+    else:
+        columns = {"prompt": options.prompt, "answer": options.answer}
+    for option, column in columns.items():
+        need_columns(splits, [column], option=f"options.{option}")
+    need_texts(splits, list(columns.values()))
+
+
+def _check_template(options: Options, splits: Splits) -> None:
+    try:
+        options.prompt.format_map(dict.fromkeys(splits.train.column_names, ""))
+    except (KeyError, ValueError, IndexError) as error:
+        raise RecipeError(
+            f"options.prompt {options.prompt!r} does not fit the columns {splits.train.column_names} "
+            f"({error!r}); write columns in braces."
+        ) from error
+
+
+def _shaped(rows: Dataset, *, options: Options, where: str, split: str) -> Dataset:
+    if options.layout == "text":
+        return Dataset.from_dict({"text": [text or "" for text in rows[options.text][:]]})
+    if options.layout == "messages":
+        talks = rows[options.messages][:]
+        for row, talk in enumerate(talks):
+            if not talk or talk[-1].get("role") != "assistant":
+                raise RecipeError(
+                    f"data {where!r}: row {row} of {split} does not end in a message of the assistant; end "
+                    "it with the answer, or leave the row out."
+                )
+        return Dataset.from_dict(
+            {"prompt": [t[:-1] for t in talks], "completion": [t[-1:] for t in talks]}
+        )
+    prompts = (
+        [options.prompt.format_map(row) for row in rows]
+        if options.is_template
+        else rows[options.prompt][:]
+    )
+    return Dataset.from_dict({"prompt": prompts, "completion": rows[options.answer][:]})
+
+
+def _templated(rows: Dataset, *, has_template: bool) -> Dataset:
+    """Instructions as a talk of two messages, if the tokenizer has a template for talks."""
+    if "prompt" not in rows.column_names or not len(rows) or not isinstance(rows[0]["prompt"], str):
+        return rows
+    prompts, answers = rows["prompt"][:], rows["completion"][:]
+    if not has_template:
+        spaced = [f" {answer}" for answer in answers]  # else prompt and answer become one word
+        return Dataset.from_dict({"prompt": prompts, "completion": spaced})
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": text}] for text in prompts],
+            "completion": [[{"role": "assistant", "content": text}] for text in answers],
+        }
+    )
+
+
+class PerplexityTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
+    """TRL's trainer, whose evaluation hands on three numbers a row instead of all logits."""
+
+    def prediction_step(
+        self, model: Any, inputs: Any, _loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean loss of the batch, (rows, 3) of ``row_losses``, and the labels."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            rows = row_losses(model(**inputs).logits, labels)
+        loss, counted, _ = rows.sum(dim=0)
+        return loss / counted.clamp(min=1), rows, labels
+
+
+def _measured(
+    options: Options,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    sets: Mapping[str, Dataset],
+    name: str,
+    prediction: EvalPrediction,
+) -> dict[str, float]:
+    scores = perplexity(prediction.predictions)
+    if options.generate is None:
+        return scores
+    rows = sets[name].select(range(min(options.generate_rows, len(sets[name]))))
+    written = [_written(model, tokenizer, row["prompt"], options.max_new_tokens) for row in rows]
+    return scores | SCORES[options.generate](written, [_text(row["completion"]) for row in rows])
+
+
+@torch.no_grad()
+def _written(model: PreTrainedModel, tokenizer: Tokenizer, prompt: Any, limit: int) -> str:
+    """The likeliest continuation; adapters are part of ``model`` by now, which PEFT changed in place."""
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    was_training = model.training
+    tokens = model.eval().generate(
+        **inputs, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    model.train(was_training)
+    start = inputs["input_ids"].shape[1]
+    return str(tokenizer.decode(tokens[0, start:], skip_special_tokens=True)).strip()
+
+
+def _text(completion: Any) -> str:
+    return (completion if isinstance(completion, str) else completion[-1]["content"]).strip()
+
+
+FAMILY = Family(
+    options=Options,
+    read=read,
+    prepare=prepare,
+    best_metric=lambda _options: "perplexity",
+    is_better_higher=lambda _options: False,
+    task_type="CAUSAL_LM",
+    auto_class="AutoModelForCausalLM",
+    trainer=PerplexityTrainer,
+    arguments=SFTConfig,
+    counts_tokens=True,
+    defaults=lambda options: {
+        "max_length": options.max_length,
+        "packing": options.packing,
+        "packing_strategy": "wrapped",  # needs no attention kernel of its own
+        "eval_packing": options.packing,
+        "bf16": False,  # SFTConfig's own default is True, on a CPU too
+        "gradient_checkpointing": False,
+        "learning_rate": 5e-4,
+        "per_device_eval_batch_size": 4,
+    },
+)

@@ -1,0 +1,119 @@
+"""The README.md beside trained weights: base model, data, metrics, ranks, how to load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynlora_lab.methods.trained_weights import TRAINED_FILE
+from dynlora_lab.tasks.assets import find_asset
+from dynlora_lab.tasks.recipe import Recipe
+
+
+def write_card(recipe: Recipe, record: Mapping[str, Any]) -> Path:
+    """Write the model card of a finished run to ``README.md`` in its folder."""
+    path = Path(recipe.output) / "README.md"
+    temporary = path.with_suffix(".incoming")
+    temporary.write_text(card(recipe, record), encoding="utf8")
+    temporary.replace(path)
+    return path
+
+
+def card(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    """The model card as Markdown with the hub's metadata on top.
+
+    Args:
+        recipe: of the run.
+        record: its ``run.json``, status done.
+    """
+    metadata = {
+        "base_model": _hub_name(recipe),
+        "library_name": "peft" if _is_peft(recipe) else "transformers",
+        "tags": list(dict.fromkeys(["dynlora", recipe.method, recipe.task])),
+    }
+    title = f"# {recipe.model} on {_data_name(recipe)}, by {recipe.method}"
+    parts = [
+        "---\n" + yaml.safe_dump(_without_none(metadata), sort_keys=False) + "---",
+        title,
+        f"Trained with [dynlora](https://arxiv.org/abs/2405.17357) {record['versions']['dynlora']}: "
+        f"task `{recipe.task}`, method `{recipe.method}`, seed {recipe.seed}, {record['steps']} "
+        f"optimizer steps on {record['data']['train_rows']} rows. `run.json` holds the whole recipe.",
+        _metrics(record),
+        _budget(record),
+        "## Load\n\n```python\n" + _loading(recipe, record) + "```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metrics(record: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name.removeprefix('eval_')} | {value:.4f} |"
+        for name, value in record["metrics"].items()
+        if isinstance(value, float) and not name.endswith(("runtime", "_per_second"))
+    ]
+    known = [f"| {name}, without a model | {v:.4f} |" for name, v in record["baselines"].items()]
+    return "\n".join(["## Metrics\n", "| held-out | |", "|---|---|", *rows, *known])
+
+
+def _budget(record: Mapping[str, Any]) -> str:
+    budget, ranks = record["budget"], record["ranks"]
+    lines = [
+        "## Size\n",
+        f"{budget['parameters_end']:,} trained parameters beside the head "
+        f"({budget['head_parameters']:,}); {budget['parameters_start']:,} at the start.",
+    ]
+    if ranks:
+        lines += [
+            "",
+            f"{sum(ranks.values())} rank-one components in {len(ranks)} modules, mean rank "
+            f"{sum(ranks.values()) / len(ranks):.3g}:",
+            "",
+            "| module | rank |",
+            "|---|---|",
+            *(f"| {name} | {rank} |" for name, rank in ranks.items()),
+        ]
+    return "\n".join(lines)
+
+
+def _loading(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    auto = recipe.family.auto_class
+    labels = record["data"].get("labels")
+    named = f"labels = {labels!r}\n" if labels else ""
+    head = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
+    name = f'"{recipe.model}"'
+    begin = f"from transformers import {auto}\n"
+    if recipe.offline_name:
+        name = f'offline_model("{recipe.offline_name}")'
+        begin += "\nfrom dynlora_lab.tasks.offline import offline_model\n"
+    base = f"{named}base = {auto}.from_pretrained({name}{head})\n"
+    if _is_peft(recipe):
+        load = 'model = PeftModel.from_pretrained(base, "this-folder")\n'
+        return f"from peft import PeftModel\n{begin}\n{base}{load}"
+    if recipe.method == "full":
+        return f'{begin}\nmodel = {auto}.from_pretrained("this-folder")\n'
+    return (
+        f"from dynlora_lab.methods.trained_weights import load_trained\n{begin}\n"
+        f"{base}# {recipe.method}: with its adapters in place, where it has any\n"
+        f'load_trained(base, "this-folder")  # reads {TRAINED_FILE}\n'
+    )
+
+
+def _hub_name(recipe: Recipe) -> str | None:
+    """The base model as the hub knows it, None if it does not."""
+    if not recipe.offline_name:
+        return recipe.model
+    copy = find_asset(recipe.offline_name).hub
+    return copy.repository if copy else None
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _is_peft(recipe: Recipe) -> bool:
+    return recipe.method not in ("full", "bitfit", "houlsby", "pfeiffer")
+
+
+def _data_name(recipe: Recipe) -> str:
+    return "/".join(filter(None, [recipe.data.name, recipe.data.config]))

@@ -1,0 +1,101 @@
+"""Causal language models through TRL on a tiny Llama: plain text, instructions, messages."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynlora_lab.tasks.causal_lm import Options, read
+from dynlora_lab.tasks.typed_fields import RecipeError
+from tiny_recipes import run_rows, save_model, splits_of, tiny_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [SEP] {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+NUMBERS = ("one", "two", "three", "four", "five", "six")
+PAIRS = [{"prompt": f"after {a}", "answer": b} for a, b in pairwise(NUMBERS)] * 4
+TEXTS = [{"text": " ".join(NUMBERS)}] * 16
+TALKS = [
+    {
+        "messages": [
+            {"role": "user", "content": pair["prompt"]},
+            {"role": "assistant", "content": pair["answer"]},
+        ]
+    }
+    for pair in PAIRS
+]
+
+
+def save_base(folder, template=None):
+    words = " ".join(NUMBERS)
+    tokenizer = tiny_tokenizer([f"after {words} user assistant :"], eos_token="[SEP]")  # noqa: S106
+    tokenizer.chat_template = template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    return save_model(folder, LlamaForCausalLM(config), tokenizer)
+
+
+def run_lm(tmp_path, rows, template=None, **options):
+    return run_rows(
+        tmp_path,
+        splits_of(rows),
+        task="causal-lm",
+        model=save_base(tmp_path / "base", template),
+        options={"max_length": 16, **options},
+        training={"num_train_epochs": 6, "learning_rate": 3e-2},
+    )
+
+
+def test_plain_text_is_packed_and_its_perplexity_counts_all_tokens(tmp_path):
+    result = run_lm(tmp_path, TEXTS, packing=True)
+    metrics = result.record["metrics"]
+    lengths = {len(row["input_ids"]) for row in result.trainer.train_dataset}
+    assert max(lengths) == 16
+    assert len(lengths) <= 2  # full rows, and one rest
+    before = result.record["evaluations"][0]
+    assert metrics["eval_perplexity"] < before["eval_perplexity"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_nll"]))
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_only_the_answer_of_an_instruction_counts_and_it_can_be_written(tmp_path, template):
+    result = run_lm(
+        tmp_path, PAIRS, template, layout="instruction", generate="bleu", generate_rows=3,
+        max_new_tokens=4,
+    )  # fmt: skip
+    metrics = result.record["metrics"]
+    first = result.trainer.eval_dataset[0]
+    counted = sum(label != -100 for label in first["labels"])
+    assert 0 < counted < len(first["input_ids"])
+    assert 1 <= metrics["eval_tokens"] / len(PAIRS) <= counted
+    assert "eval_chrf" in metrics
+
+
+def test_messages_end_in_the_answer_that_counts(tmp_path):
+    result = run_lm(tmp_path, TALKS, TEMPLATE, layout="messages")
+    whole = sum(len(row["input_ids"]) for row in result.trainer.eval_dataset)
+    assert result.record["metrics"]["eval_tokens"] < whole / 2
+
+
+def test_a_prompt_may_be_a_template_over_columns():
+    data = read(Options(layout="instruction", prompt="Count on from {prompt}:"), splits_of(PAIRS))
+    assert data.train[0] == {"prompt": "Count on from after one:", "completion": "two"}
+    with pytest.raises(RecipeError, match=r"'\{no_such\}' does not fit the columns \['prompt'"):
+        read(Options(layout="instruction", prompt="{no_such}"), splits_of(PAIRS))
+
+
+def test_a_talk_without_an_answer_is_refused():
+    odd = [{"messages": TALKS[0]["messages"][:1]}]
+    with pytest.raises(RecipeError, match="row 0 of train does not end in a message of the assist"):
+        read(Options(layout="messages"), splits_of(odd))
+
+
+def test_options_that_exclude_each_other_are_refused():
+    with pytest.raises(ValueError, match="generate='rouge' needs answers"):
+        Options(generate="rouge")
+    with pytest.raises(ValueError, match="packing=True joins rows of plain text"):
+        Options(layout="instruction", packing=True)
