@@ -4,7 +4,7 @@ Reads the database of Debian's package wordnet-base (apt-get install wordnet-bas
 ``wordnet_glosses.csv.gz`` (columns text, label, split). Same input, same bytes: rows are drawn by
 the hash of their text, never by a random generator, and the gzip header holds no time.
 
-    python scripts/make_wordnet_sample.py
+    python lab/scripts/make_wordnet_sample.py
 """
 
 import argparse

@@ -249,7 +249,7 @@ def test_a_recipe_is_told_what_to_fetch_and_what_kind_is_needed(cache):
 def test_a_missing_package_is_named_before_anything_is_downloaded(cache, monkeypatch):
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda _name: None)
     monkeypatch.setattr(carriers.subprocess, "run", lambda *_, **__: pytest.fail("downloaded"))
-    with pytest.raises(assets.AssetError, match=r"needs gguf; pip install 'dynlora\[assets\]'"):
+    with pytest.raises(assets.AssetError, match=r"needs gguf; pip install 'dynlora-lab\[assets\]'"):
         assets.fetch_with_sources("SmolLM2-135M-Instruct", announce=quiet)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -23,7 +24,7 @@ from dynlora_lab.methods import METHODS, AdapterOptions, Target
 from dynlora_lab.methods.bottleneck import Bottleneck
 from dynlora_lab.methods.dynamic import random_score
 from dynlora_lab.methods.lora import truncate_
-from dynlora_lab.methods.trained_weights import load_trained, save_trained
+from dynlora_lab.methods.trained_weights import save_trained
 from small_net import adamw, train
 from small_net import adapted as adapted_net
 
@@ -179,13 +180,10 @@ def test_what_such_methods_save_gives_the_same_model_back(tmp_path, method):
     for parameter in made.model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
-    save_trained(made.model, tmp_path)
+    weights = load_file(save_trained(made.model, tmp_path))
     again = adapted(method).model
-    load_trained(again, tmp_path)
+    assert again.load_state_dict(weights, strict=False).unexpected_keys == []
     assert torch.equal(logits(again), logits(made.model))
-    if method == "houlsby":
-        with pytest.raises(ValueError, match="holds parameters that model=BertFor.* lacks"):
-            load_trained(tiny(), tmp_path)
 
 
 def test_truncation_keeps_the_best_approximation_of_the_whole_model():

@@ -91,16 +91,16 @@ def test_a_run_of_each_method_leaves_its_record_weights_and_card(method, recipe)
     assert (chosen.output / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("method", ["dynlora", "lora-svd"])
+@pytest.mark.parametrize("method", ["dynlora", "lora-svd", "bitfit", "full"])
 def test_the_model_card_tells_how_to_load_what_was_measured(method, recipe):
     chosen = recipe(method)
     result = run(chosen)
     code = (chosen.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
     exec(code.replace("this-folder", str(chosen.output)), names)  # noqa: S102 (it is our own card)
-    assert isinstance(names["model"], PeftModel)
+    assert isinstance(names["model"], PeftModel) == (method in ("dynlora", "lora-svd"))
     classes = result.trainer.model.config.id2label
-    assert names["base"].config.id2label == classes
+    assert names["model"].config.id2label == classes
     assert set(classes.values()).isdisjoint({"LABEL_0", "LABEL_1"})
     batch = {"input_ids": torch.tensor([[2, 4, 9, 3]])}
     with torch.no_grad():
@@ -115,7 +115,10 @@ def test_the_card_of_an_offline_model_names_its_hub_copy_and_loads_it_offline(re
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     code = text.split("```python\n")[1].split("```")[0]
-    assert 'from_pretrained(offline_model("all-MiniLM-L6-v2"), num_labels=' in code
+    assert 'from_pretrained("sentence-transformers/all-MiniLM-L6-v2", num_labels=' in code
+    assert "# or the folder that this prints: dynlora assets fetch all-MiniLM-L6-v2\n" in code
+    assert "import dynlora" not in code
+    assert "from dynlora" not in code
     assert len(metadata["tags"]) == len(set(metadata["tags"]))
     compile(code, "card", "exec")
 

@@ -77,25 +77,32 @@ def _budget(record: Mapping[str, Any]) -> str:
 
 
 def _loading(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    """Code that loads the model with transformers and PEFT alone; the reader may have no dynlora."""
     auto = recipe.family.auto_class
-    labels = record["data"].get("labels")
-    named = f"labels = {labels!r}\n" if labels else ""
-    head = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
-    name = f'"{recipe.model}"'
-    begin = f"from transformers import {auto}\n"
-    if recipe.offline_name:
-        name = f'offline_model("{recipe.offline_name}")'
-        begin += "\nfrom dynlora_lab.tasks.offline import offline_model\n"
-    base = f"{named}base = {auto}.from_pretrained({name}{head})\n"
-    if _is_peft(recipe):
-        load = 'model = PeftModel.from_pretrained(base, "this-folder")\n'
-        return f"from peft import PeftModel\n{begin}\n{base}{load}"
     if recipe.method == "full":
-        return f'{begin}\nmodel = {auto}.from_pretrained("this-folder")\n'
+        return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("this-folder")\n'
+    labels = record["data"].get("labels")
+    head = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
+    base = f"labels = {labels!r}\n" if labels else ""
+    if recipe.offline_name:
+        base += f"# or the folder that this prints: dynlora assets fetch {recipe.offline_name}\n"
+    known = _hub_name(recipe) or f"folder-of-{recipe.offline_name}"
+    name = "base" if _is_peft(recipe) else "model"
+    base += f'{name} = {auto}.from_pretrained("{known}"{head})\n'
+    if _is_peft(recipe):
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n{base}"
+            'model = PeftModel.from_pretrained(base, "this-folder")\n'
+        )
+    if recipe.method != "bitfit":
+        base += (
+            f"# add the adapters of {recipe.method} to model: the file holds weights, not modules\n"
+        )
     return (
-        f"from dynlora_lab.methods.trained_weights import load_trained\n{begin}\n"
-        f"{base}# {recipe.method}: with its adapters in place, where it has any\n"
-        f'load_trained(base, "this-folder")  # reads {TRAINED_FILE}\n'
+        f"from safetensors.torch import load_file\nfrom transformers import {auto}\n\n{base}"
+        f'weights = load_file("this-folder/{TRAINED_FILE}")\n'
+        "unknown = model.load_state_dict(weights, strict=False).unexpected_keys\n"
+        "assert not unknown, unknown\n"
     )
 
 
