@@ -1,58 +1,37 @@
-"""dynlora: DoRA, Dynamic Low-Rank Adaptation (Mao et al., ACL 2024), as a method of PEFT.
+"""dynlora: DoRA, Dynamic Low-Rank Adaptation (Mao et al., ACL 2024), on any PEFT LoRA.
 
-Train with a rank budget instead of a rank; what comes out is a plain, smaller LoRA adapter. This is
-not NVIDIA's weight-decomposed DoRA.
+Train a LoRA as you do, with one argument more; what comes out is a plain, smaller LoRA. This is not
+NVIDIA's weight-decomposed DoRA.
 
-The first use of a name below imports torch and PEFT, which takes seconds, and registers the method with
-PEFT; ``import dynlora`` alone does neither, so that ``dynlora --help`` answers at once.
+The first use of a name below imports torch and PEFT, which takes seconds; ``import dynlora`` alone does
+not, so that ``dynlora --help`` answers at once.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynlora._public import (
-        AdapterFileError as AdapterFileError,
-    )
-    from dynlora._public import (
-        DynLoraCallback as DynLoraCallback,
-    )
-    from dynlora._public import (
-        DynLoraConfig as DynLoraConfig,
-    )
-    from dynlora._public import (
-        DynLoraModel as DynLoraModel,
-    )
-    from dynlora._public import (
-        RankAllocator as RankAllocator,
-    )
-    from dynlora._public import (
-        accept_dynlora_ as accept_dynlora_,
-    )
-    from dynlora._public import (
-        dem_loss as dem_loss,
-    )
-    from dynlora._public import (
-        export_lora as export_lora,
-    )
-    from dynlora._public import (
-        finalize_ as finalize_,
-    )
-    from dynlora._public import (
-        last_checkpoint as last_checkpoint,
-    )
-    from dynlora._public import (
-        warm_start_ as warm_start_,
-    )
+    from dynlora.allocator import RankAllocator
+    from dynlora.allocator.dem import dem_loss
+    from dynlora.callback import DynLoraCallback, last_checkpoint
+    from dynlora.errors import AdapterFileError, CannotShrinkError, DynLoraError, NotFiniteError
+    from dynlora.export.plain import export_lora
+    from dynlora.gated.config import DynLoraConfig
+    from dynlora.gated.fold import finalize_
+    from dynlora.gated.model import DynLoraModel
+    from dynlora.lora.rotation import warm_start_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "CannotShrinkError",
     "DynLoraCallback",
     "DynLoraConfig",
+    "DynLoraError",
     "DynLoraModel",
+    "NotFiniteError",
     "RankAllocator",
-    "accept_dynlora_",
     "dem_loss",
     "export_lora",
     "finalize_",
@@ -60,17 +39,28 @@ __all__ = [
     "warm_start_",
 ]
 
+_PLACES = {
+    "AdapterFileError": "errors",
+    "CannotShrinkError": "errors",
+    "DynLoraCallback": "callback",
+    "DynLoraConfig": "gated.config",
+    "DynLoraError": "errors",
+    "DynLoraModel": "gated.model",
+    "NotFiniteError": "errors",
+    "RankAllocator": "allocator",
+    "dem_loss": "allocator.dem",
+    "export_lora": "export.plain",
+    "finalize_": "gated.fold",
+    "last_checkpoint": "callback",
+    "warm_start_": "lora.rotation",
+}
 
-if not TYPE_CHECKING:  # to a type checker a name that is not above is a mistake
 
-    def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module 'dynlora' has no attribute {name!r}")
-        from dynlora import _public
-
-        globals().update({public: getattr(_public, public) for public in __all__})
-        return globals()[name]
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+    return sorted([*globals(), *__all__])

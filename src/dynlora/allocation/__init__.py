@@ -1,7 +1,7 @@
 """The equations of the method: pure functions of numbers and tensors, one equation a function.
 
 Nothing here knows a model, a config or PEFT. ``importance`` holds Eq. 7 and 8, ``schedule`` Eq. 9,
-``selection`` the choice of the survivors, ``regularizer`` Eq. 10.
+``selection`` the choice of the survivors, ``regularizer`` Eq. 10, ``settings`` the knobs of a run.
 """
 
 from dynlora.allocation.importance import (
@@ -15,18 +15,21 @@ from dynlora.allocation.importance import (
 )
 from dynlora.allocation.regularizer import add_dem_gradients_, dem_penalty
 from dynlora.allocation.schedule import (
-    Schedule,
     budget_at,
     is_prune_step,
     prune_plan,
     pruning_window,
-    target_components,
+    target_cost,
 )
-from dynlora.allocation.selection import select_components, select_within
+from dynlora.allocation.selection import select_components
+from dynlora.allocation.settings import PAPER, Budget, Importance, Settings, settings_from
 
 __all__ = [
     "IMPORTANCE_EPS",
-    "Schedule",
+    "PAPER",
+    "Budget",
+    "Importance",
+    "Settings",
     "add_dem_gradients_",
     "budget_at",
     "component_importance",
@@ -38,8 +41,8 @@ __all__ = [
     "prune_plan",
     "pruning_window",
     "select_components",
-    "select_within",
+    "settings_from",
     "smooth_importance_",
-    "target_components",
+    "target_cost",
     "update_norm",
 ]

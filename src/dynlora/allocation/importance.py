@@ -13,7 +13,7 @@ IMPORTANCE_EPS = 1e-8
 """Added to the denominator of Eq. 7, as in the official code; the paper has no such term."""
 
 
-def component_products(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
+def component_products(gram_a: Tensor, gram_b: Tensor, c: Tensor | None = None) -> Tensor:
     """Frobenius inner products of a module's rank-one components.
 
     ⟨cᵢ bᵢ aᵢᵀ, cⱼ bⱼ aⱼᵀ⟩ = cᵢ cⱼ (aᵢ·aⱼ) (bᵢ·bⱼ): the diagonal holds the squared norms of the components,
@@ -22,7 +22,7 @@ def component_products(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
     Args:
         gram_a: A Aᵀ, the inner products of the rows aᵢ of A, (..., rank, rank).
         gram_b: Bᵀ B, the inner products of the columns bᵢ of B, (..., rank, rank).
-        c: one gate per component, (..., rank).
+        c: one gate per component, (..., rank); None where there are no gates, c = 1.
 
     Returns:
         (..., rank, rank), symmetric.
@@ -33,7 +33,8 @@ def component_products(gram_a: Tensor, gram_b: Tensor, c: Tensor) -> Tensor:
         tensor([[ 9., -6.],
                 [-6.,  4.]])
     """
-    return gram_a * gram_b * c.unsqueeze(-1) * c.unsqueeze(-2)
+    products = gram_a * gram_b
+    return products if c is None else products * c.unsqueeze(-1) * c.unsqueeze(-2)
 
 
 def component_norms(products: Tensor) -> Tensor:
@@ -92,23 +93,28 @@ def component_importance(products: Tensor) -> Tensor:
     return component_norms(products) / (update_norm(products).unsqueeze(-1) + IMPORTANCE_EPS)
 
 
-def component_sensitivities(c: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """First-order estimate of what the loss loses with each component.
+def component_sensitivities(weight: Tensor, gradient: Tensor) -> Tensor:
+    """First-order estimate of how much the loss changes without each component.
 
-    L(cᵢ = 0) − L ≈ −cᵢ ∂L/∂cᵢ, hence sᵢ = |cᵢ ∂L/∂cᵢ|
+    L(without i) − L ≈ −⟨bᵢ, ∂L/∂bᵢ⟩, hence sᵢ = |⟨bᵢ, ∂L/∂bᵢ⟩|
 
-    The gate scales its whole component, so one product stands for all of its weights; AdaLoRA averages
-    such products over every entry of its triplets.
+    With a gate c in front of the component, c ∂L/∂c at any c is the same number, and so is
+    ⟨aᵢ, ∂L/∂aᵢ⟩: whichever tensor a layer offers, the score is one. AdaLoRA averages such products over
+    every entry of its triplets; here they are summed before the absolute value is taken.
 
     Args:
-        c: gates, one (rank,) tensor a module.
-        gradients: ∂L/∂c, the same shapes.
+        weight: B with components in the last dimension, (..., out, rank); or gates, (..., 1, rank).
+        gradient: ∂L/∂weight, the same shape; both from before the step.
+
+    Returns:
+        (..., rank), in fp32 at least.
 
     Examples:
-        >>> component_sensitivities([torch.tensor([2.0, -1.0])], [torch.tensor([0.5, 3.0])])
-        [tensor([1., 3.])]
+        >>> component_sensitivities(torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 3.0]]))
+        tensor([1., 3.])
     """
-    return list(torch._foreach_abs(torch._foreach_mul(list(c), list(gradients))))
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(exact) * gradient.to(exact)).sum(-2).abs()
 
 
 def smooth_importance_(

@@ -3,10 +3,6 @@
 All steps are optimizer steps, counted after they are done: step 1 is the first update.
 """
 
-from typing import Any, Literal
-
-Schedule = Literal["slow-fast", "fast-slow"]
-
 
 def pruning_window(total_steps: int, *, prune_start: float, prune_end: float) -> tuple[int, int]:
     """First and last step of the pruning window.
@@ -41,69 +37,64 @@ def pruning_window(total_steps: int, *, prune_start: float, prune_end: float) ->
     return start, max(start + 1, int(prune_end * total_steps + rounding))
 
 
-def target_components(mean_rank: float, modules: int) -> int:
-    """N_T, components of the whole model at the end: mean rank times modules, rounded, at least 1.
+def target_cost(mean_rank: float, component_costs: list[int], *, in_components: bool) -> int:
+    """N_T, what the whole model may cost at the end.
+
+    In components, costs of 1: mean rank times modules, rounded, at least 1. In parameters: those of a
+    LoRA of that rank on the same modules, rounded down, so that the adapter never ends larger; at least
+    one component of the cheapest module.
+
+    Args:
+        mean_rank: ``target_r``.
+        component_costs: cost of one component of each module, in module order.
+        in_components: whether components are counted.
 
     Examples:
-        >>> target_components(0.5, 5), target_components(0.01, 5)
+        >>> target_cost(0.5, [1] * 5, in_components=True), target_cost(0.01, [1] * 5, in_components=True)
         (3, 1)
+        >>> target_cost(2.5, [10, 30], in_components=False)
+        100
     """
-    return max(1, int(mean_rank * modules + 0.5))
+    rounding = 0.5 if in_components else 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
+    return max(min(component_costs), int(mean_rank * sum(component_costs) + rounding))
 
 
-def budget_at(
-    step: int, *, total: int, target: int, start: int, stop: int, schedule: Schedule = "slow-fast"
-) -> int:
-    """Components that may be alive in the whole model after ``step`` optimizer steps.
+def budget_at(step: int, *, total: int, target: int, start: int, stop: int) -> int:
+    """What the whole model may hold after ``step`` optimizer steps, in the unit of ``total``.
 
-    slow-fast:  b(t) = N − ⌊(N − N_T) p³⌋, p = clip((t − t₀) / (t₁ − t₀), 0, 1)            [Eq. 9]
-    fast-slow:  b(t) = N_T + ⌈(N − N_T) (1 − p)³⌉                                [AdaLoRA's cubic]
+    b(t) = N − ⌊(N − N_T) p³⌋, p = clip((t − t₀) / (t₁ − t₀), 0, 1)                         [Eq. 9]
 
     The printed equation mixes a share with a count; this is the form of the official code. It cuts
-    slowly first and fast last, so that scores are ripe when most is cut; the other one leaves the
-    survivors more steps at their final ranks. Integers throughout, so the last value is exact.
+    slowly first and fast last, so that scores are ripe when most is cut. Integers throughout, so the
+    last value is exact.
 
     Args:
         step: optimizer steps done.
-        total: N, components at the start.
-        target: N_T, components at the end.
+        total: N, the sum of all costs at the start.
+        target: N_T, the sum of costs at the end.
         start: t₀, last step with the full budget.
         stop: t₁ > t₀, first step with the final budget.
-        schedule: which of the two.
 
     Examples:
         >>> [budget_at(t, total=36, target=24, start=30, stop=100) for t in (0, 30, 65, 90, 99, 100, 200)]
         [36, 36, 35, 29, 25, 24, 24]
-        >>> plan = {"total": 36, "target": 24, "start": 30, "stop": 100, "schedule": "fast-slow"}
-        >>> [budget_at(t, **plan) for t in (0, 30, 40, 65, 99, 100, 200)]
-        [36, 36, 32, 26, 25, 24, 24]
     """
     length = stop - start
     done = min(max(step - start, 0), length)
-    if schedule == "fast-slow":
-        rounded_down = (target - total) * (length - done) ** 3 // length**3  # of a negative share
-        return target - rounded_down
     return total - (total - target) * done**3 // length**3
 
 
 def prune_plan(
-    *,
-    total: int,
-    target: int,
-    start: int,
-    stop: int,
-    interval: int,
-    schedule: Schedule = "slow-fast",
+    *, total: int, target: int, start: int, stop: int, interval: int
 ) -> list[tuple[int, int]]:
-    """Every pruning of a run as (step, components that may be alive from then on).
+    """Every pruning of a run as (step, budget from then on).
 
     Examples:
         >>> prune_plan(total=36, target=24, start=30, stop=60, interval=20)
         [(50, 33), (60, 24)]
     """
-    plan: dict[str, Any] = {"total": total, "target": target, "start": start, "stop": stop}
     return [
-        (step, budget_at(step, **plan, schedule=schedule))
+        (step, budget_at(step, total=total, target=target, start=start, stop=stop))
         for step in range(start + 1, stop + 1)
         if is_prune_step(step, start=start, stop=stop, interval=interval)
     ]

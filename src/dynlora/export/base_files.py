@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dynlora.adapter.patterns import OUT_PROJECTION
 from dynlora.export.stream import DTYPES, TensorSpec
+from dynlora.gated.layer import OUT_PROJECTION
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from dynlora.adapter.fold import padded
-from dynlora.adapter.patterns import OUT_PROJECTION, module_key
 from dynlora.export.source import PREFIX, PlainAdapter
+from dynlora.gated.fold import padded
+from dynlora.gated.layer import OUT_PROJECTION
+from dynlora.lora.configs import module_key
 
 PAD_STEPS = (8, 16, 32, 64, 128, 256, 512)
 """Ranks that servers with one rank an adapter take (vLLM's list of allowed maximum ranks, without 1

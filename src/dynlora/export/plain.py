@@ -8,26 +8,36 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from dynlora.adapter.components import configs_of, find_config, find_gated_layers, unwrapped
-from dynlora.adapter.config import DynLoraConfig
-from dynlora.adapter.flat_shards import without_wrappers
-from dynlora.adapter.fold import fold_all
-from dynlora.adapter.patterns import plain_config
-from dynlora.adapter.sharding import needs_full_gradient, whole
-from dynlora.distributed import is_first_process
+from dynlora.allocator.processes import is_first_process
 from dynlora.export.folder import checked_folder, write_adapter
 from dynlora.export.source import PREFIX
+from dynlora.gated.adapter import plain_config
+from dynlora.gated.config import DynLoraConfig
+from dynlora.gated.fold import fold_all
+from dynlora.gated.layer import OUT_PROJECTION, GatedComponents
+from dynlora.lora.components import (
+    Factor,
+    LoraComponents,
+    find_adapter,
+    find_components,
+    unwrapped,
+    without_wrappers,
+)
+from dynlora.lora.configs import ragged_config, rewrites_base
+from dynlora.lora.sharding import full_tensor
+from dynlora.lora.zero import is_zero_parameter
 
 
 def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
-    """Write an adapter, in training or finalized, as a plain LoRA that stock PEFT loads.
+    """Write an adapter, in training or finished, as a plain LoRA that stock PEFT loads.
 
-    The model is not changed. With several processes every one must call it (sharded weights are
+    Components that are exactly 0 are left out: those that were pruned and still have a place. The model
+    is not changed. With several processes every one must call it (sharded weights are
     gathered), and the first one writes. Files are written to a temporary folder beside ``path`` and
     renamed, so an interrupted export never leaves a half-written adapter.
 
     Args:
-        model: a model with a DynLora adapter, or one that ``finalize_`` made a plain LoRA.
+        model: a model with a LoRA adapter, stock or gated, wrapped or not.
         path: folder to write ``adapter_config.json`` and ``adapter_model.safetensors`` to.
         adapter: which adapter; may be left out if there is only one candidate.
 
@@ -35,7 +45,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | N
         The folder.
 
     Raises:
-        ValueError: there is no such adapter, or none of its components is alive.
+        ValueError: there is no such adapter, or several to choose from.
         NotADirectoryError: ``path`` is a file.
     """
     folder = checked_folder(path)
@@ -53,48 +63,88 @@ def plain_lora(
 
     Trained heads, biases and token embeddings of the adapter are included as they are.
     """
-    finished = _finished_adapter(model, adapter)
-    if finished is not None:
-        config = copy.copy(configs_of(model)[finished])
-        tensors = _adapter_tensors(model, finished)
+    name, trained = find_adapter(model, adapter)
+    modules = find_components(model, name)
+    tensors = _adapter_tensors(model, name)
+    if isinstance(trained, DynLoraConfig):
+        config, tensors = _folded(model, trained, modules, tensors)
+    elif rewrites_base(trained):
+        config = copy.copy(trained)  # its shapes belong to the changed base weights
     else:
-        adapter, trained = find_config(model, adapter)
-        layers = find_gated_layers(model, adapter)
-        folded = fold_all(layers)
-        ranks = {m.name: folded[m.name][0].shape[0] if m.name in folded else 0 for m in layers}
-        config = plain_config(model, trained, ranks)
-        tensors = {
-            key: tensor
-            for key, tensor in _adapter_tensors(model, adapter).items()
-            if not key.startswith(tuple(f"{PREFIX}{name}.lora_" for name in ranks))
-        }
-        embeddings = {m.name for m in layers if hasattr(m.layer, "lora_c")}
-        for name in (n for n, r in ranks.items() if r):
-            keys = (
-                ("embedding_A", "embedding_B") if name in embeddings else ("A.weight", "B.weight")
-            )
-            for key, factor in zip(keys, folded[name], strict=True):
-                tensors[f"{PREFIX}{name}.lora_{key}"] = factor
+        config, tensors = _without_zeros(model, trained, modules, tensors)
     config.inference_mode = True
     return config, {
-        key: whole(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()
+        key: full_tensor(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()
     }
 
 
-def _finished_adapter(model: nn.Module, adapter: str | None) -> str | None:
-    """Name of the plain LoRA to write, or None if the adapter is still gated."""
-    configs = configs_of(model)
-    gated = [n for n, c in configs.items() if isinstance(c, DynLoraConfig)]
-    plain = [n for n, c in configs.items() if type(c) is LoraConfig]
-    if adapter is not None:
-        return adapter if adapter in plain else None
-    return plain[0] if not gated and len(plain) == 1 else None
+def _folded(
+    model: nn.Module,
+    trained: DynLoraConfig,
+    modules: list[LoraComponents],
+    tensors: dict[str, Tensor],
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A gated adapter as a plain one."""
+    layers = [m for m in modules if isinstance(m, GatedComponents)]
+    folded = fold_all(layers)
+    ranks = {m.name: folded[m.name][0].shape[0] if m.name in folded else 0 for m in layers}
+    config = plain_config(model, trained, ranks)
+    own = tuple(f"{PREFIX}{name}.lora_" for name in ranks)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}
+    embeddings = {m.name for m in layers if hasattr(m.layer, "lora_c")}
+    for name in (n for n, r in ranks.items() if r):
+        keys = ("embedding_A", "embedding_B") if name in embeddings else ("A.weight", "B.weight")
+        for key, factor in zip(keys, folded[name], strict=True):
+            tensors[f"{PREFIX}{name}.lora_{key}"] = factor
+    return config, tensors
+
+
+def _without_zeros(
+    model: nn.Module,
+    trained: LoraConfig,
+    modules: list[LoraComponents],
+    tensors: dict[str, Tensor],
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A stock adapter without the components that are exactly 0, unless all of them are."""
+    kept = {m.name: _nonzero(m) for m in modules}
+    if not any(len(places) for places in kept.values()):  # as LoRA starts
+        kept = {m.name: torch.arange(m.rank) for m in modules}
+    for module in modules:
+        if len(kept[module.name]) == 0 and not module.can_drop:
+            kept[module.name] = torch.zeros(1, dtype=torch.int64)
+        for key, factor in _keys(module).items():
+            tensor = full_tensor(tensors.pop(key)).detach().cpu()
+            if len(kept[module.name]):
+                places = factor.positions(kept[module.name])
+                tensors[key] = tensor.index_select(factor.dim, places)
+    ranks = {name: len(places) for name, places in kept.items()}
+    return ragged_config(model, trained, modules, ranks), tensors
+
+
+def _nonzero(module: LoraComponents) -> Tensor:
+    """Indices of the components that contribute something, (kept,)."""
+    found = torch.zeros(module.rank, dtype=torch.bool)
+    for factor in module.switches:
+        vectors = factor.vectors(full_tensor(factor.parameter).detach())
+        found |= vectors.ne(0).any(2).any(0).cpu()
+    return found.nonzero().flatten()
+
+
+def _keys(module: LoraComponents) -> dict[str, Factor]:
+    """The module's factors by their key in an adapter file."""
+    names = (module.name, module.name + OUT_PROJECTION)
+    keys = {}
+    for name, (a, b) in zip(names, module.pairs, strict=False):
+        for factor in (a, b):
+            attribute = f".{factor.attribute}" if factor.attribute else ""
+            keys[f"{PREFIX}{name}.{factor.container}{attribute}"] = factor
+    return keys
 
 
 def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     holder = next((m for m in model.modules() if isinstance(m, PeftModel)), unwrapped(model))
     named = [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers()]
-    if any(needs_full_gradient(p) for _, p in named):  # state_dict() would hold parts of them
+    if any(is_zero_parameter(p) for _, p in named):  # state_dict() would hold parts of them
         state = {without_wrappers(name): tensor for name, tensor in named}
         tensors = get_peft_model_state_dict(holder, state_dict=state, adapter_name=adapter)
     else:

@@ -15,9 +15,9 @@ from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dynlora.adapter.config import DYNLORA, DynLoraConfig, plain_lora_fields
-from dynlora.adapter.fold import fold_factors, pad_halves
-from dynlora.adapter.patterns import OUT_PROJECTION
+from dynlora.gated.config import DYNLORA, DynLoraConfig, plain_lora_fields
+from dynlora.gated.fold import fold_factors, pad_halves
+from dynlora.gated.layer import OUT_PROJECTION
 
 PREFIX = "base_model.model."
 """What PEFT puts before every name in an adapter file."""

@@ -1,0 +1,158 @@
+"""The knobs of a run, declared once: names, defaults, rules, and the paper's values."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Importance = Literal["sensitivity", "share", "norm"]
+Budget = Literal["parameters", "components"]
+
+PAPER: dict[str, Any] = {
+    "importance": "share",
+    "budget": "components",
+    "revival": True,
+    "prune_start": 0.15,
+    "prune_end": 0.5,
+    "ema_beta": 0.9,
+    "dem_weight": 0.1,
+}
+"""What the paper and its code set; ``dem_weight`` and ``prune_interval`` vary by task there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the ranks of one adapter are allocated.
+
+    Args:
+        target_r: mean rank per adapted module at the end, a number above 0; 2.5 and 0.5 are fine. With
+            ``budget="parameters"`` the adapter ends no larger than a LoRA of that rank.
+        min_r: components that every module keeps, whatever their scores; an integer of at least 0.
+        prune_start: share of the optimizer steps before the first pruning, in [0, 1).
+        prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1].
+        prune_interval: optimizer steps between two prunings, at least 1.
+        ema_beta: β of Eq. 8, weight of the past in the smoothed importance, in [0, 1).
+        importance: what components are ranked by. ``sensitivity``: abs(⟨b, ∂L/∂b⟩), by how much the
+            loss would change without the component, to first order. ``share``: Eq. 7, its share in the
+            norm of its module's update. ``norm``: s · ‖b aᵀ‖, the norm of its own update.
+        budget: what ``target_r`` counts: ``parameters``, as many as a LoRA of that rank has, or
+            ``components``, the paper's count, in which a component of a wide module costs as much as one
+            of a narrow module.
+        revival: whether a pruned component may train on and come back before the freeze (the paper's
+            rule); otherwise every cut is final.
+        dem_weight: η of Eq. 10, weight of the DEM penalty until the freeze; 0 is off.
+        compact: whether pruned components are removed from modules, gradients and optimizer state at
+            the freeze; False keeps all shapes until the end of the run.
+        total_steps: optimizer steps of the whole run, where neither Trainer nor ``RankAllocator(...,
+            total_steps=...)`` says it.
+
+    Raises:
+        ValueError: a rule above is broken.
+
+    Examples:
+        >>> Settings(target_r=4).prune_end
+        0.5
+    """
+
+    target_r: float
+    min_r: int = 0
+    prune_start: float = 0.15
+    prune_end: float = 0.5
+    prune_interval: int = 10
+    ema_beta: float = 0.9
+    importance: Importance = "sensitivity"
+    budget: Budget = "parameters"
+    revival: bool = False
+    dem_weight: float = 0.0
+    compact: bool = True
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every rule."""
+        self._check_ranks()
+        self._check_window()
+        for name, kind in (("importance", Importance), ("budget", Budget)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
+        for name in ("revival", "compact"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not is_number(self.ema_beta) or not 0 <= self.ema_beta < 1:
+            raise ValueError(f"ema_beta={self.ema_beta!r} must lie in [0, 1); the paper has 0.9.")
+        if not is_number(self.dem_weight) or not self.dem_weight >= 0:
+            raise ValueError(
+                f"dem_weight={self.dem_weight!r} must be 0 or more: a negative weight would reward uneven "
+                "components. 0 switches DEM off; the paper has 0.1 to 0.5."
+            )
+        if self.total_steps is not None and not (
+            is_integer(self.total_steps) and self.total_steps > 0
+        ):
+            raise ValueError(
+                f"total_steps={self.total_steps!r} must be an integer of at least 1, in optimizer "
+                "steps, or None to take it from the Trainer or RankAllocator."
+            )
+
+    def _check_ranks(self) -> None:
+        if not is_number(self.target_r) or not self.target_r > 0:
+            raise ValueError(
+                f"target_r={self.target_r!r} must be a number above 0: the mean rank per module at the "
+                "end; 0.5, say, is one component for every two modules."
+            )
+        if not is_integer(self.min_r) or not 0 <= self.min_r <= self.target_r:
+            raise ValueError(
+                f"min_r={self.min_r!r} must be an integer from 0 to target_r={self.target_r}: the "
+                "components that every module keeps."
+            )
+
+    def _check_window(self) -> None:
+        start, end = self.prune_start, self.prune_end
+        if not (is_number(start) and is_number(end) and 0 <= start < end <= 1):
+            raise ValueError(
+                f"prune_start={start!r}, prune_end={end!r} must satisfy "
+                "0 <= prune_start < prune_end <= 1: shares of the run; the paper has 0.15 and 0.5."
+            )
+        if not is_integer(self.prune_interval) or self.prune_interval < 1:
+            raise ValueError(
+                f"prune_interval={self.prune_interval!r} must be an integer of at least 1, in "
+                "optimizer steps; the paper uses 10 to 100."
+            )
+
+
+def settings_from(given: dict[str, Any], *, preset: str | None = None, where: str) -> Settings:
+    """Settings from keyword arguments, with a preset below them.
+
+    Args:
+        given: by field name.
+        preset: ``paper`` fills in its values for the fields that are not given.
+        where: what the user called, for messages.
+
+    Raises:
+        TypeError: a name is unknown; the message proposes the nearest one.
+        ValueError: ``target_r`` is missing, the preset is unknown, or a rule of Settings is broken.
+    """
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{where} has no argument {name!r}.{hint} It takes {', '.join(known)}.")
+    if preset not in {None, "paper"}:
+        raise ValueError(f"preset={preset!r} must be 'paper' or None.")
+    if "target_r" not in given:
+        raise ValueError(
+            f"{where} needs target_r, the mean rank per adapted module at the end, such as "
+            f"{where}(target_r=8)."
+        )
+    return Settings(**{**(PAPER if preset == "paper" else {}), **given})
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,429 @@
+"""RankAllocator: joins the equations, the LoRA layers of a model and its optimizer."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynlora import allocation
+from dynlora.allocator import guard
+from dynlora.allocator.averaged_copies import AveragedCopies
+from dynlora.allocator.checks import (
+    FiniteGuard,
+    check_optimizer,
+    check_target,
+    check_weights,
+    known_total_steps,
+    reading_is_free,
+)
+from dynlora.allocator.compaction import compact_, forget_parameters_
+from dynlora.allocator.dem import add_dem_to_gradients_
+from dynlora.allocator.masks import Masks
+from dynlora.allocator.processes import (
+    DdpFinder,
+    broadcast_choice,
+    can_rebuild,
+    rebuild_reducer_,
+    world_size,
+)
+from dynlora.allocator.record import prune_event
+from dynlora.allocator.resume import (
+    KEPT_SETTINGS,
+    STATE_VERSION,
+    check_state,
+    restore_scores_,
+    saved_scores,
+)
+from dynlora.allocator.scores import Score, scorer
+from dynlora.allocator.step_hooks import (
+    attach,
+    is_inner_step,
+    loss_scale,
+    once_computed,
+    steppable,
+)
+from dynlora.errors import CannotShrinkError
+from dynlora.lora.adapter import LoraAdapter
+from dynlora.lora.components import LoraComponents
+from dynlora.lora.follow import AdapterStart
+
+
+class RankAllocator:
+    """Scores, prunes and freezes the components of one LoRA adapter, driven by its optimizer.
+
+    Attached to the optimizer's step hooks, it needs no call in the training loop. Until the first
+    pruning it only reads: the run is the one without it. A step that a GradScaler skips does not count.
+
+    Args:
+        model: a model with a trainable LoRA adapter; PeftModel, injected or wrapped.
+        optimizer: the torch optimizer that holds the adapter's parameters.
+        total_steps: optimizer steps of the whole run.
+        adapter: which adapter; may be left out if only one is trainable.
+        score: instead of an importance by name: a function that writes scores into ``ema`` of each
+            module after every step until the freeze.
+        preset: ``paper`` for the paper's values of the settings that are not given.
+        start: the adapter as it was when the run began, where the model has taken the ranks of a
+            checkpoint since; DynLoraCallback passes it.
+        settings: fields of ``dynlora.allocation.Settings``; ``target_r`` is needed. Left out where the
+            adapter's config is a DynLoraConfig, which holds them.
+
+    Attributes:
+        settings: the Settings in force.
+        modules: the adapted modules, in model order.
+        step: optimizer steps seen.
+        is_frozen: whether the ranks are final.
+        total_cost: N of Eq. 9, what all components cost together, in parameters or components.
+        target_cost: N_T of Eq. 9.
+        history: one entry a prune event, as ``record.prune_event`` makes it.
+
+    Raises:
+        ValueError: there is no such adapter, none that is trainable, ``total_steps`` or ``target_r`` is
+            unknown, the optimizer lacks the adapter's parameters or drives another allocator of it, the
+            target exceeds what there is, or the adapter is of a kind that has no components.
+        TypeError: the optimizer has no step hooks, a setting is unknown, or ``score`` is not a function.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int | None = None,
+        adapter: str | None = None,
+        score: Score | None = None,
+        preset: str | None = None,
+        start: AdapterStart | None = None,
+        **settings: Any,
+    ) -> None:
+        self._begun = AdapterStart.of(model, adapter) if start is None else start
+        self.adapter, self.modules = self._begun.name, self._begun.modules
+        kind = getattr(
+            self._begun.config, "adapter_class", LoraAdapter
+        )  # a DynLoraConfig has its own
+        self._adapter: LoraAdapter = kind(model, self._begun)
+        self.settings = self._adapter.settings(settings, preset)
+        self.score = scorer(self.settings, score)
+        self._adapter.check()
+        if not any(m.is_trainable for m in self.modules):
+            raise ValueError(
+                f"adapter={self.adapter!r} is not trainable: its weights receive no gradient. Load it "
+                "with is_trainable=True, or activate it with model.set_adapter(...)."
+            )
+        self.total_steps = known_total_steps(self.settings, total_steps)
+        self.start, self.stop = allocation.pruning_window(
+            self.total_steps,
+            prune_start=self.settings.prune_start,
+            prune_end=self.settings.prune_end,
+        )
+        self._costs = self._component_costs()
+        self.total_cost = sum(
+            cost * rank for cost, rank in zip(self._costs, self._begun.ranks.values(), strict=True)
+        )
+        self.target_cost = allocation.target_cost(
+            self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
+        )
+        check_target(self.settings, self.target_cost, self.total_cost, self.modules)
+        self.step = 0
+        self.is_frozen = False
+        self.history: list[dict[str, Any]] = []
+        self._guard = FiniteGuard()
+        self._copies = AveragedCopies(self.adapter)
+        self._masks = Masks([])
+        self.optimizer = steppable(optimizer)
+        check_optimizer(self.optimizer, self.modules)
+        guard.attach(self)
+        self._parameters = [f.parameter for m in self.present for f in m.factors]
+        self._adapter.follow_checkpoints()
+        self._finder = DdpFinder(model)
+        self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)
+        if isinstance(self.optimizer, Optimizer):
+            self._handles.append(
+                self.optimizer.register_load_state_dict_pre_hook(self._release_dropped)
+            )
+
+    @property
+    def present(self) -> list[LoraComponents]:
+        """The modules that still compute the adapter."""
+        return [m for m in self.modules if not m.is_dropped]
+
+    def ranks(self) -> dict[str, int]:
+        """Live rank by module name, zeros included."""
+        return {m.name: int(m.live.sum()) for m in self.modules}
+
+    @property
+    def budget(self) -> int:
+        """What the live components may cost after the steps done so far (Eq. 9)."""
+        return allocation.budget_at(self.step, **self._equation())
+
+    @property
+    def cost(self) -> int:
+        """What the live components cost now."""
+        return sum(c * int(m.live.sum()) for c, m in zip(self._costs, self.modules, strict=True))
+
+    def _equation(self) -> dict[str, int]:
+        """What Eq. 9 is computed from."""
+        return {
+            "total": self.total_cost,
+            "target": self.target_cost,
+            "start": self.start,
+            "stop": self.stop,
+        }
+
+    def _component_costs(self) -> list[int]:
+        if self.settings.budget == "components":
+            return [1] * len(self.modules)
+        return [max(1, size) for size in self._begun.sizes.values()]
+
+    def plan(self) -> dict[str, Any]:
+        """The run as it is meant to go, for its record; plain numbers.
+
+        Returns:
+            total_steps, importance (its name, or "own" for a ``score``), budget (parameters or
+            components), window (t₀, t₁), schedule (step and budget of each prune event), ranks (now, by
+            module name), component_sizes (parameters of one component, by module name), total_cost and
+            target_cost.
+        """
+        events = allocation.prune_plan(**self._equation(), interval=self.settings.prune_interval)
+        return {
+            "total_steps": self.total_steps,
+            "importance": self.score.name,
+            "budget": self.settings.budget,
+            "window": [self.start, self.stop],
+            "schedule": [list(event) for event in events],
+            "total_cost": self.total_cost,
+            "target_cost": self.target_cost,
+            "ranks": self.ranks(),
+            "component_sizes": dict(self._begun.sizes),
+        }
+
+    def also_compact(self, copy: nn.Module) -> None:
+        """Let a copy of the model, such as an ``AveragedModel`` of torch, shrink with it at the freeze.
+
+        A copy averages parameters pairwise with the model's, so it must keep their shapes.
+
+        Args:
+            copy: a deep copy of the model, wrapped or not, made before or after the freeze.
+
+        Raises:
+            ValueError: the copy has no such adapter, or its modules have other ranks than the model's.
+        """
+        self._copies.add(copy, self.modules)
+
+    def detach(self) -> None:
+        """Take all hooks off model and optimizer; nothing is scored or pruned from here on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._adapter.leave()
+        guard.detach(self)
+        self._finder.forget()
+
+    def finalize_(self) -> dict[str, int]:
+        """End the run: detach, and leave a plain LoRA with the same function.
+
+        Pruned components that still have a place are removed, and the adapter's config describes the
+        ranks. A run that ends before the freeze keeps every living component, with a warning: the
+        function stays, the budget is not met. Call ``freeze_()`` first to cut at once.
+
+        Returns:
+            Final rank by module name, zeros included.
+
+        Raises:
+            RuntimeError: the optimizer never made a step with this allocator attached.
+            NotFiniteError: a gradient or a weight of the adapter is NaN or infinite.
+        """
+        self.check_has_stepped()
+        self.check_finite()
+        if not self.is_frozen:
+            warnings.warn(
+                f"Training ended after {self.step} of {self.total_steps} steps, before the ranks are "
+                f"frozen at step {self.stop}: the adapter keeps {self.cost} {self.settings.budget} "
+                f"instead of {self.target_cost}. Call allocator.freeze_() before finalize_() to cut it "
+                "down at once.",
+                stacklevel=2,
+            )
+        self.detach()
+        return self._adapter.finish_()
+
+    def check_has_stepped(self) -> None:
+        """Raise RuntimeError if no optimizer step was ever seen."""
+        if self.step == 0:
+            raise RuntimeError(
+                "The RankAllocator never saw an optimizer step, so nothing was scored or pruned: the "
+                "optimizer it is attached to is not the one being stepped, or every step was skipped. "
+                "Pass the optimizer whose step() trains the adapter."
+            )
+
+    def check_finite(self) -> None:
+        """Raise if the adapter's gradients were, or its weights are, NaN or infinite; waits for the device.
+
+        Raises:
+            NotFiniteError: they were.
+        """
+        self._guard.read(step=self.step)
+        check_weights(self.modules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress, scores and masks of the run, plain numbers only (JSON)."""
+        return {
+            "version": STATE_VERSION,
+            "adapter": self.adapter,
+            "step": self.step,
+            "is_frozen": self.is_frozen,
+            "window": [self.start, self.stop],
+            "history": [dict(event) for event in self.history],
+            "scores": saved_scores(self.modules),
+            **self._contract(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run whose model and optimizer are already restored.
+
+        Raises:
+            ValueError: the state is damaged, another version's or another plan's, or the model's
+                adapter was not restored.
+        """
+        check_state(state, self._contract())
+        restore_scores_(state, self.modules)
+        self.step, self.is_frozen = state["step"], state["is_frozen"]
+        self.start, self.stop = state["window"]
+        self.history = [dict(event) for event in state["history"]]
+        self._masks = Masks(self.modules)
+
+    def _contract(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {
+            "total_steps": self.total_steps,
+            "importance": self.score.name,
+            "total_cost": self.total_cost,
+            "target_cost": self.target_cost,
+            **{name: getattr(self.settings, name) for name in KEPT_SETTINGS},
+            "modules": self._begun.scalings,
+        }
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Read the gradients and add η·∂R; with a closure, each time after it has computed them."""
+        if is_inner_step(optimizer):
+            return None
+        return once_computed(args, kwargs, lambda: self._read_gradients(optimizer))
+
+    def _read_gradients(self, optimizer: Any) -> None:
+        scale = loss_scale(optimizer)
+        present = self.present
+        # a scaled step is checked, and skipped, by its scaler
+        if scale is None or not reading_is_free(present):
+            found_inf = getattr(optimizer, "found_inf", None)
+            self._guard.look(present, step=self.step + 1, found_inf=found_inf)
+        if self.is_frozen:
+            return
+        self.score.before_step(present, scale)
+        components = sum(m.rank for m in present)
+        if factor := self.settings.dem_weight / components:
+            add_dem_to_gradients_(present, factor=factor, grad_scale=scale)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # a fused optimizer was called by a GradScaler and skipped the update itself
+        if self.step == self.total_steps:
+            raise RuntimeError(
+                f"The optimizer made a step beyond total_steps={self.total_steps}: the schedule was made "
+                "for a shorter run. Build the RankAllocator with the real number of optimizer steps, or "
+                "finalize_() it before going on."
+            )
+        self.step += 1
+        if self.step == 1:
+            guard.heard(self)
+        if not self.is_frozen:
+            self.score(self.present, self.step)
+            if allocation.is_prune_step(
+                self.step,
+                start=self.start,
+                stop=self.stop,
+                interval=self.settings.prune_interval,
+            ):
+                self._prune()
+        if self.step == self.stop:
+            self._freeze()
+        elif self.is_frozen or not self.settings.revival:
+            self._masks.apply_()
+
+    def _prune(self) -> None:
+        """Keep the components with the most score per cost in the whole model; the others become 0."""
+        self._guard.read(step=self.step)
+        self.score.check(self.present, self.step)
+        scores = _gathered([m.ema.float() for m in self.modules])
+        before = _gathered([m.live for m in self.modules])
+        if not self.settings.revival:
+            scores[~before] = -1.0
+        sizes = [len(m.live) for m in self.modules]
+        costs = torch.tensor(
+            [cost for cost, size in zip(self._costs, sizes, strict=True) for _ in range(size)]
+        )
+        keep = allocation.select_components(
+            scores, costs, self.budget, min_r=self.settings.min_r, sizes=sizes
+        )
+        keep = broadcast_choice(keep, self.present[0].ema.device)
+        for module, live in zip(self.modules, keep.split(sizes), strict=True):
+            module.live.copy_(live)
+        self._masks = Masks(self.modules)
+        self._masks.apply_()
+        self.history.append(
+            prune_event(
+                self.modules, scores, before, keep, step=self.step, cost=int(costs[keep].sum())
+            )
+        )
+
+    @torch.no_grad()
+    def freeze_(self) -> None:
+        """Make the ranks final now: cut to the target and compact, whatever the step.
+
+        Raises:
+            RuntimeError: the optimizer never made a step with this allocator attached.
+        """
+        self.check_has_stepped()
+        if self.is_frozen:
+            return
+        self.stop = self.step
+        self.start = min(self.start, self.stop - 1)
+        self._prune()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self._copies.mask_like_(self.modules)
+        self.is_frozen = True
+        ddp = self._finder.ddp
+        can_shrink = self.settings.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
+        if not can_shrink or any(m.is_sharded for m in self.modules):
+            return
+        if reason := self._adapter.must_keep_shapes:
+            warnings.warn(reason, stacklevel=2)
+            return
+        try:
+            compact_(self.modules, self.optimizer)
+        except CannotShrinkError as error:
+            warnings.warn(
+                f"Pruned components keep their place until finalize_: {error}", stacklevel=2
+            )
+            return
+        self._masks = Masks(self.modules)
+        if ddp:
+            rebuild_reducer_(ddp)
+        self._copies.compact_(self._adapter.describe_ranks_())
+
+    def _release_dropped(self, optimizer: Optimizer, _state: Any) -> None:
+        """A state from after the freeze holds no parameters of dropped modules."""
+        held = {id(f.parameter) for m in self.present for f in m.factors}
+        gone = [p for p in self._parameters if id(p) not in held]
+        forget_parameters_(optimizer, gone)
+
+
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    """One tensor of all of them, where the modules of a model may lie on several devices."""
+    devices = {t.device for t in tensors}
+    return torch.cat(tensors if len(devices) == 1 else [t.cpu() for t in tensors])

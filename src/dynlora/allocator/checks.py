@@ -1,0 +1,228 @@
+"""What must hold before and during a run, each with an error that says the way out.
+
+NaN and infinity are reported where they arise, by module, and no rank is ever decided by them.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynlora.allocation import Settings
+from dynlora.allocator.processes import world_size
+from dynlora.errors import NotFiniteError
+from dynlora.lora.components import LoraComponents
+from dynlora.lora.sharding import gradient_of
+
+_FIRST_STEPS = 2
+"""LoRA starts at B = 0, so all sensitivities are 0 at the first step, and with warm-up at the second."""
+
+
+def known_total_steps(settings: Settings, total_steps: int | None) -> int:
+    """Optimizer steps of the whole run, from the call or the settings.
+
+    Raises:
+        ValueError: neither says it, or they differ.
+    """
+    planned = settings.total_steps
+    if total_steps is None and planned is None:
+        raise ValueError(
+            "total_steps is unknown: the schedule needs the number of optimizer steps of the whole "
+            "run. Pass RankAllocator(..., total_steps=...)."
+        )
+    if total_steps is not None and planned is not None and total_steps != planned:
+        raise ValueError(
+            f"total_steps={total_steps} differs from the total_steps={planned} that the adapter's config "
+            "holds. Leave it out of the config to follow the trainer."
+        )
+    return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
+
+
+def check_target(settings: Settings, target: int, total: int, modules: Sequence[Any]) -> None:
+    """Refuse a target above what the adapter starts with.
+
+    Raises:
+        ValueError: ``target_r`` asks for more than all components, or ``min_r`` for more than the target.
+    """
+    if target > total:
+        ranks = sorted({m.rank for m in modules})
+        raise ValueError(
+            f"target_r={settings.target_r} asks for {target} {settings.budget}, but the {len(modules)} "
+            f"adapted modules start with {total}, at rank {', '.join(map(str, ranks))}: pruning only "
+            "removes components. Lower target_r, or raise r in the LoraConfig."
+        )
+
+
+def check_optimizer(optimizer: Any, modules: Sequence[LoraComponents]) -> None:
+    """Refuse an optimizer that trains other parameters than the adapter's present ones.
+
+    Raises:
+        ValueError: a trained parameter of the adapter is missing in it.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return  # ZeRO's groups hold flat copies
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for module in modules:
+        trained = {id(f.parameter) for f in module.factors if f.parameter.requires_grad}
+        if not trained <= held:
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__} does not hold the adapter parameters of "
+                f"module {module.name!r}. Build it after get_peft_model and after loading adapter "
+                "weights, from [p for p in model.parameters() if p.requires_grad]."
+            )
+
+
+def reading_is_free(modules: Sequence[LoraComponents]) -> bool:
+    """Whether reading a number costs nothing; an accelerator would first finish all queued work."""
+    return all(m.ema.device.type == "cpu" for m in modules)
+
+
+class FiniteGuard:
+    """Watches that the adapter's gradients are finite, without waiting for an accelerator.
+
+    On a CPU a bad gradient is refused before the step is made. On an accelerator the finding stays on
+    the device until ``read`` is called, where the run waits for the device anyway: at each log, pruning
+    and checkpoint and at the end. Weights that a bad step has spoiled are never saved or finalized.
+    """
+
+    def __init__(self) -> None:
+        self._bad: dict[
+            torch.device, Tensor
+        ] = {}  # 1 where a bad gradient was seen since the start
+
+    @torch.no_grad()
+    def look(self, modules: Sequence[LoraComponents], *, step: int, found_inf: Any = None) -> None:
+        """Look at the gradients of the coming step.
+
+        Args:
+            modules: none of them dropped.
+            step: number of the step about to be made, for the message.
+            found_inf: of a fused optimizer under a GradScaler, which skips such a step itself; None else.
+
+        Raises:
+            NotFiniteError: on a CPU, a gradient holds NaN or infinity.
+        """
+        gradients = [
+            g for m in modules for f in m.factors if (g := gradient_of(f.parameter)) is not None
+        ]
+        gradients = [g for g in gradients if g.numel()]
+        if reading_is_free(modules):
+            self._refuse_now(modules, gradients, step)
+            return
+        for device in {g.device for g in gradients}:
+            norms = torch._foreach_norm([g for g in gradients if g.device == device], float("inf"))
+            is_bad = ~torch.isfinite(torch.stack([n.float() for n in norms])).all()
+            if found_inf is not None:
+                is_bad &= found_inf.to(device) == 0
+            held = self._bad.get(device)
+            self._bad[device] = is_bad if held is None else held | is_bad
+
+    def read(self, *, step: int) -> None:
+        """Raise if a bad gradient was seen since the run began.
+
+        Raises:
+            NotFiniteError: one was.
+        """
+        if any(bool(flag) for flag in self._bad.values()):
+            raise NotFiniteError(
+                f"NaN or infinite gradient in the adapter at or before step {step}: its weights are "
+                "spoiled, so nothing is pruned, saved or finalized. " + _WAY_OUT
+            )
+
+    def _refuse_now(
+        self, modules: Sequence[LoraComponents], gradients: list[Tensor], step: int
+    ) -> None:
+        if gradients:
+            sums = torch.stack([g.sum(dtype=torch.float32) for g in gradients])
+            everywhere = torch.isfinite(sums).all()
+        else:
+            everywhere = torch.tensor(True)
+        if world_size() > 1 and any(m.is_sharded for m in modules):  # others may hold the bad part
+            flag = everywhere.to(torch.uint8)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+            everywhere = flag.bool()
+        if bool(everywhere):
+            return
+        names = [m.name for m in modules if _has_bad_gradient(m)]
+        where = f"module {names[0]!r}" if names else "a module held by another process"
+        raise NotFiniteError(
+            f"NaN or infinite gradient at step {step} in {where} ({len(names)} modules in all): the step "
+            "is not made, and nothing is pruned. " + _WAY_OUT
+        )
+
+
+_WAY_OUT = (
+    "Lower the learning rate, clip gradients or look for a bad batch, and go on from the last "
+    "checkpoint."
+)
+
+
+def _has_bad_gradient(module: LoraComponents) -> bool:
+    found = [gradient_of(f.parameter) for f in module.factors]
+    return any(g is not None and not bool(torch.isfinite(g).all()) for g in found)
+
+
+@torch.no_grad()
+def check_weights(modules: Sequence[LoraComponents]) -> None:
+    """Refuse an adapter whose weights are not finite.
+
+    Raises:
+        NotFiniteError: one holds NaN or infinity; it names the first module.
+    """
+    bad = [
+        m.name
+        for m in modules
+        if not m.is_dropped and not all(bool(torch.isfinite(f.parameter).all()) for f in m.factors)
+    ]
+    if bad:
+        raise NotFiniteError(
+            f"adapter weights of module {bad[0]!r} ({len(bad)} modules in all) are NaN or infinite. Go on "
+            "from a checkpoint before the loss became NaN, with a lower learning rate or clipped "
+            "gradients."
+        )
+
+
+def check_not_all_zero(modules: Sequence[LoraComponents], *, step: int, cause: str) -> None:
+    """Refuse scores that are all 0, by which modules would be kept in the order of their names.
+
+    In the first two steps of a run they are 0 by nature; then a warning says what was decided how.
+
+    Raises:
+        ValueError: all are 0 later.
+    """
+    if any(bool(m.ema.any()) for m in modules):
+        return
+    if step <= _FIRST_STEPS:
+        warnings.warn(
+            f"Components are pruned at step {step}, when none has learned anything: earlier modules keep "
+            "theirs. Train for more steps, or set a later prune_end.",
+            stacklevel=2,
+        )
+        return
+    raise ValueError(
+        f"all scores are 0 after {step} steps, so modules would be kept in their order in the model: "
+        f"{cause}. An optimizer that clears gradients inside step(), or a frozen adapter, gives none."
+    )
+
+
+def check_importance(modules: Sequence[LoraComponents], *, step: int, cause: str) -> None:
+    """Refuse smoothed scores that are not finite.
+
+    Args:
+        modules: with scores in ``ema``.
+        step: the step just made, for the message.
+        cause: where such scores come from, for the message.
+
+    Raises:
+        NotFiniteError: a score is NaN or infinite.
+    """
+    bad = [m.name for m in modules if not bool(torch.isfinite(m.ema).all())]
+    if bad:
+        raise NotFiniteError(
+            f"NaN or infinite importance at step {step} in module {bad[0]!r} ({len(bad)} modules "
+            f"in all), from {cause}: nothing is pruned by such scores. " + _WAY_OUT
+        )

@@ -1,0 +1,70 @@
+"""Remove dead components for real: from modules, gradients and the optimizer's state.
+
+Parameters stay the same objects and get smaller data, so that lists kept for clipping, averages and
+optimizers stay right.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynlora.allocator.optimizer_state import cut_states
+from dynlora.lora.components import LoraComponents
+
+
+@torch.no_grad()
+def compact_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> None:
+    """Cut every module down to its live components, in place; a module of rank 0 stops computing.
+
+    A module that cannot lose its adapter keeps one component of zeros. Everything is prepared before
+    anything is changed, so an error leaves the run as it was.
+
+    Args:
+        modules: whose ``live`` masks say what stays; dead components must be 0.
+        optimizer: the optimizer that holds their parameters; None for a copy that no one trains.
+
+    Raises:
+        CannotShrinkError: an optimizer state has a shape that says nothing about components.
+    """
+    shrinking = [m for m in modules if not m.is_dropped and not bool(m.live.all())]
+    cuts = [
+        (m, keep, _cut_states(m, keep, optimizer))
+        for m in shrinking
+        if len(keep := m.kept()) < m.rank
+    ]
+    gone: list[nn.Parameter] = []
+    for module, keep, states in cuts:
+        gone += module.keep_(keep)
+        for parameter, state in states:
+            optimizer.state[parameter] = state  # type: ignore[union-attr]  # states come from it
+    if optimizer is not None:
+        forget_parameters_(optimizer, gone)
+
+
+def _cut_states(
+    module: LoraComponents, keep: Tensor, optimizer: Optimizer | None
+) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """The optimizer's state of each of the module's parameters, for the components that stay."""
+    if optimizer is None or len(keep) == 0:
+        return []
+    states = []
+    for factor in module.factors:
+        parameter = factor.parameter
+        if parameter in optimizer.state:
+            places = factor.positions(keep.to(parameter.device))
+            state = cut_states(optimizer.state[parameter], parameter, places, factor.dim)
+            states.append((parameter, state))
+    return states
+
+
+def forget_parameters_(optimizer: Optimizer, gone: Sequence[nn.Parameter]) -> None:
+    """Take parameters out of an optimizer, with their state."""
+    left = {id(p) for p in gone}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in left]
+    for parameter in gone:
+        parameter.grad = None
+        optimizer.state.pop(parameter, None)

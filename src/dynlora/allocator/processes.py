@@ -1,0 +1,98 @@
+"""Several processes: one choice for all of them, and a DDP that learns of the shrunken parameters."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world_size() -> int:
+    """Number of processes that train together, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
+def broadcast_choice(keep: Tensor, device: torch.device) -> Tensor:
+    """The first process's choice, on every process: scores may differ in their last bits.
+
+    Args:
+        keep: which components stay, (components,), bool.
+        device: one that the process group communicates on.
+    """
+    if world_size() == 1:
+        return keep
+    choice = keep.to(device, torch.uint8)
+    dist.broadcast(choice, src=0)
+    return choice.bool().to(keep.device)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any of the processes; all of them must call it.
+
+    Args:
+        flag: of this process.
+        device: one that the process group communicates on.
+    """
+    flags = torch.tensor([flag], dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+class DdpFinder:
+    """Finds the DistributedDataParallel around a model that one was only given from the inside.
+
+    A Trainer wraps its model after callbacks have seen it, so the wrapper is caught at work: DDP names
+    itself while its forward runs.
+
+    Args:
+        model: the model inside, or the wrapper itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ddp = next(
+            (m for m in model.modules() if isinstance(m, DistributedDataParallel)), None
+        )
+        self._handle: Any = None
+        if self.ddp is None and world_size() > 1:
+            self._handle = model.register_forward_pre_hook(self._look)
+
+    def _look(self, _module: nn.Module, _args: Any) -> None:
+        if self.ddp is None:
+            self.ddp = DistributedDataParallel._get_active_ddp_module()
+
+    def forget(self) -> None:
+        """Take the hook off the model."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def can_rebuild(ddp: DistributedDataParallel) -> bool:
+    """Whether the reducer can be built anew: not with communication hooks or delayed reduction."""
+    return bool(
+        hasattr(ddp, "reducer")
+        and not ddp._comm_hooks
+        and not ddp._delay_all_reduce_params
+        and ddp.mixed_precision is None
+    )
+
+
+def rebuild_reducer_(ddp: DistributedDataParallel) -> None:
+    """Let DDP reduce the gradients of the model's present parameters, in place.
+
+    The old reducer's hooks hang on the parameters that were swapped out. Call it between two steps, on
+    every process; settings of the wrapper stay.
+    """
+    ddp._module_parameters = [
+        p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore
+    ]
+    del ddp.reducer  # takes its hooks off before new ones are made
+    parameters, expect_sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)
+    ddp._has_rebuilt_buckets = False

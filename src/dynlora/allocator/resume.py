@@ -1,0 +1,127 @@
+"""Whether the saved progress of a run belongs to the run that is about to go on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dynlora.lora.components import LoraComponents
+
+STATE_VERSION = 2
+KEPT_SETTINGS = (
+    "target_r", "min_r", "prune_start", "prune_end", "prune_interval", "ema_beta", "budget", "revival",
+    "dem_weight",
+)  # fmt: skip
+"""Settings that must not change between the parts of one run."""
+
+_SAME_SCALING = 1e-6
+"""Relative; a scaling rebuilt as alpha / rank may differ from the first one in its last bit."""
+
+
+def saved_scores(modules: Sequence[LoraComponents]) -> dict[str, Any]:
+    """Scores and masks by module name, plain numbers; fp32 values survive JSON exactly."""
+    return {m.name: {"ema": m.ema.tolist(), "live": m.live.tolist()} for m in modules}
+
+
+def check_state(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
+    """Refuse a state that is damaged, another version's, or made for another plan.
+
+    Args:
+        state: what ``RankAllocator.state_dict`` wrote, perhaps through JSON and a disk.
+        contract: what must not change between the parts of one run, ``modules`` (name -> scaling)
+            included.
+
+    Raises:
+        ValueError: it cannot be continued; the message names the field and both values.
+    """
+    if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+        found = state.get("version") if isinstance(state, Mapping) else state
+        raise ValueError(
+            f"state has version {found!r}, this dynlora reads {STATE_VERSION}: resume "
+            "with the version that wrote it."
+        )
+    _check_form(state, contract)
+    for name, value in contract.items():
+        if name == "modules":
+            _check_modules(state[name], value)
+        elif state[name] != value:
+            raise ValueError(
+                f"{name}={value!r} differs from the interrupted run's {state[name]!r}: the schedule or "
+                "the scores would change under way. Resume with the same settings, or start a new run."
+            )
+
+
+def restore_scores_(state: Mapping[str, Any], modules: Sequence[LoraComponents]) -> None:
+    """Give the modules the scores and masks of ``state``.
+
+    Raises:
+        ValueError: a module's rank is not the one of the interrupted run, or its scores are damaged.
+    """
+    for module in modules:
+        saved = state["scores"].get(module.name)
+        if not isinstance(saved, dict) or not {"ema", "live"} <= saved.keys():
+            raise ValueError(
+                f"state holds no scores of module {module.name!r}: the file is damaged. Resume from "
+                "another checkpoint."
+            )
+        if len(saved["ema"]) != module.rank or len(saved["live"]) != module.rank:
+            raise ValueError(
+                f"module {module.name!r} has rank {module.rank}, in the interrupted run it had "
+                f"{len(saved['ema'])}: load the adapter weights of that run's checkpoint first. A Trainer "
+                "must be given the callback when it is built, callbacks=[DynLoraCallback(...)]; in a loop "
+                "of your own, build the RankAllocator before model.load_state_dict(...)."
+            )
+        ema = torch.tensor(saved["ema"], dtype=module.ema.dtype)
+        if not bool(torch.isfinite(ema).all()):
+            raise ValueError(
+                f"state holds scores of module {module.name!r} that are not finite: the checkpoint was "
+                "written after its run had failed. Resume from an earlier one."
+            )
+        module.ema = ema.to(module.ema.device)
+        module.live = torch.tensor(saved["live"], dtype=torch.bool, device=module.live.device)
+
+
+def _check_form(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
+    forms = {"step": int, "is_frozen": bool, "window": list, "history": list, "scores": dict}
+    for name, form in {**forms, "modules": dict}.items():
+        if not isinstance(state.get(name), form) or (form is int and isinstance(state[name], bool)):
+            raise ValueError(
+                f"state holds {name}={state.get(name)!r}, not a {form.__name__}: the file is damaged. "
+                "Resume from another checkpoint."
+            )
+    missing = sorted(contract.keys() - state.keys())
+    window = state["window"]
+    is_window = len(window) == 2 and all(type(t) is int for t in window) and window[0] < window[1]
+    is_history = all(isinstance(event, dict) for event in state["history"])
+    if (
+        missing
+        or not is_window
+        or not is_history
+        or not 0 <= state["step"] <= contract["total_steps"]
+    ):
+        raise ValueError(
+            f"state is damaged: step={state['step']!r} of {contract['total_steps']}, window={window!r}, "
+            f"missing {missing}. Resume from another checkpoint."
+        )
+
+
+def _check_modules(saved: Mapping[str, float | None], present: Mapping[str, float | None]) -> None:
+    gone, new = sorted(saved.keys() - present.keys()), sorted(present.keys() - saved.keys())
+    if gone or new:
+        raise ValueError(
+            f"modules differ from the interrupted run's: {gone[:3]} were adapted there and are not here, "
+            f"{new[:3]} are new. Resume with the same base model and target_modules."
+        )
+    for name, scaling in present.items():
+        was = saved[name]
+        if scaling is None or was is None:  # a module of rank 0 has none
+            continue
+        if not isinstance(was, int | float) or not math.isclose(
+            scaling, was, rel_tol=_SAME_SCALING
+        ):
+            raise ValueError(
+                f"scaling={scaling!r} of module {name!r} differs from the interrupted run's {was!r}: the "
+                "function would jump. Resume with the same r, lora_alpha, rank_pattern, alpha_pattern and "
+                "use_rslora."
+            )

@@ -1,0 +1,297 @@
+"""Who scores the components: the importance that the settings name, or a function of the user's own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from dynlora import allocation
+from dynlora.allocation import Settings
+from dynlora.allocator.checks import check_importance, check_not_all_zero
+from dynlora.allocator.stacks import groups, limits_of, stacks
+from dynlora.lora.components import Factor, LoraComponents
+from dynlora.lora.sharding import full_gradient, full_tensor
+from dynlora.lora.zero import is_zero_parameter
+
+Score = Callable[[Sequence[LoraComponents], int], None]
+"""Writes the components' scores into ``ema`` of each module, after every step until the freeze; the
+number is that of the steps done."""
+
+
+class Scorer(Protocol):
+    """What the allocator asks for scores."""
+
+    name: str
+
+    def before_step(
+        self, modules: Sequence[LoraComponents], grad_scale: Tensor | float | None
+    ) -> None:
+        """Read the gradients of the coming step; they are multiplied by ``grad_scale``, None for 1."""
+
+    def __call__(self, modules: Sequence[LoraComponents], step: int) -> None:
+        """Write scores into ``ema`` of each module after a step that was made."""
+
+    def check(self, modules: Sequence[LoraComponents], step: int) -> None:
+        """Refuse scores that nothing can be decided by."""
+
+
+def scorer(settings: Settings, score: Score | None) -> Scorer:
+    """The user's function, or the importance that the settings name.
+
+    Raises:
+        TypeError: ``score`` is not a function.
+    """
+    return ImportanceScore(settings) if score is None else OwnScore(score)
+
+
+class OwnScore:
+    """A function of the user's own, with the mistakes that can be seen from outside."""
+
+    name = "own"
+
+    def __init__(self, score: Score) -> None:
+        if not callable(score):
+            raise TypeError(
+                f"score={score!r} must be a function (modules, step) that writes into module.ema. A "
+                f"built-in one is chosen by name: importance={score!r}."
+            )
+        self.score = score
+
+    def before_step(
+        self, modules: Sequence[LoraComponents], grad_scale: Tensor | float | None
+    ) -> None:
+        """Nothing: the function is called after the step only."""
+
+    def __call__(self, modules: Sequence[LoraComponents], step: int) -> None:
+        """Call the function.
+
+        Raises:
+            TypeError: it returns its scores instead of writing them.
+        """
+        returned: object = self.score(modules, step)
+        if returned is not None:
+            raise TypeError(
+                f"score returned a {type(returned).__name__}, which nobody reads: it must write into the "
+                "modules, module.ema.copy_(...) for each of them, and return None."
+            )
+
+    def check(self, modules: Sequence[LoraComponents], step: int) -> None:
+        """Refuse scores that were never written, or are not finite.
+
+        Raises:
+            ValueError: all are 0.
+            FloatingPointError: one is NaN or infinite.
+        """
+        check_not_all_zero(modules, step=step, cause="your score function wrote into no module.ema")
+        check_importance(modules, step=step, cause="your score function")
+
+
+class ImportanceScore:
+    """The importance that the settings name, smoothed (Eq. 8).
+
+    Sensitivity is read before the step, from the weights and the gradient as they are then; share and
+    norm after it, from the weights alone.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.name: str = settings.importance
+        self.beta = settings.ema_beta
+        self._sensitivities: list[Tensor] = []  # of the coming step, in the order of the modules
+
+    @torch.no_grad()
+    def before_step(
+        self, modules: Sequence[LoraComponents], grad_scale: Tensor | float | None
+    ) -> None:
+        """Read the sensitivities, if the importance is theirs."""
+        if self.name != "sensitivity":
+            return
+        found = sensitivities(modules)
+        if grad_scale is not None:
+            found = [s / grad_scale for s in found]
+        self._sensitivities = found
+
+    @torch.no_grad()
+    def __call__(self, modules: Sequence[LoraComponents], step: int) -> None:
+        """Smooth the importance of the step into ``ema`` of each module."""
+        scores = self._sensitivities if self.name == "sensitivity" else norms(modules, self.name)
+        emas = [m.ema for m in modules]
+        scores = [s.to(e.dtype) for s, e in zip(scores, emas, strict=True)]
+        for rows in groups([e.device for e in emas]):
+            allocation.smooth_importance_(
+                [emas[i] for i in rows], [scores[i] for i in rows], beta=self.beta
+            )
+
+    def check(self, modules: Sequence[LoraComponents], step: int) -> None:
+        """Refuse smoothed importance that nothing can be decided by.
+
+        Raises:
+            ValueError: all of it is 0.
+            FloatingPointError: it is NaN or infinite somewhere.
+        """
+        cause = "the adapter's weights receive no gradient before optimizer.step()"
+        check_not_all_zero(modules, step=step, cause=cause)
+        check_importance(modules, step=step, cause="its adapter weights, which are not finite")
+
+
+@torch.no_grad()
+def sensitivities(modules: Sequence[LoraComponents]) -> list[Tensor]:
+    """|⟨bᵢ, ∂L/∂bᵢ⟩| of every component, one (rank,) tensor a module; 0 where there is no gradient.
+
+    Args:
+        modules: none of them dropped, with the gradients of the coming step.
+    """
+    probes = [(i, probe) for i, m in enumerate(modules) for probe in m.probes]
+    terms = _signed_sums([probe for _, probe in probes])
+    sums: list[Tensor | None] = [None] * len(modules)
+    for (i, _), term in zip(probes, terms, strict=True):
+        held = sums[i]
+        sums[i] = term if held is None else held + term
+    return list(torch._foreach_abs([s for s in sums if s is not None]))
+
+
+def _signed_sums(probes: Sequence[Factor]) -> list[Tensor]:
+    """⟨bᵢ, ∂L/∂bᵢ⟩ of every component of each factor, (rank,) each, in fp32 at least."""
+    weights, gradients = zip(*(_weight_and_gradient(p) for p in probes), strict=True)
+    kinds = [(w.shape, p.dim, p.copies, p.is_grouped) for w, p in zip(weights, probes, strict=True)]
+    found: list[Tensor] = [torch.zeros(0)] * len(probes)
+    for rows in stacks(weights, kinds):
+        probe = probes[rows[0]]
+        exact = torch.promote_types(weights[rows[0]].dtype, torch.float32)
+        weight = torch.stack([weights[i] for i in rows]).to(exact)
+        product = weight.mul_(torch.stack([gradients[i] for i in rows]).to(exact))
+        others = [d + 1 for d in range(product.ndim - 1) if d != probe.dim]
+        sums = product.sum(others) if others else product
+        if probe.copies > 1:
+            shape = (probe.copies, -1) if probe.is_grouped else (-1, probe.copies)
+            sums = sums.view(len(rows), *shape).sum(1 if probe.is_grouped else 2)
+        for i, row in zip(rows, sums.unbind(), strict=True):
+            found[i] = row
+    return _summed_over_shards(probes, found)
+
+
+def _weight_and_gradient(probe: Factor) -> tuple[Tensor, Tensor]:
+    """What this process holds of both."""
+    parameter = probe.parameter
+    if is_zero_parameter(parameter):
+        weight, gradient = full_tensor(parameter).detach(), full_gradient(parameter)
+    else:
+        weight, gradient = _local(parameter.detach()), parameter.grad
+        gradient = None if gradient is None else _local(gradient.detach())
+    return weight, torch.zeros_like(weight) if gradient is None else gradient
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _summed_over_shards(probes: Sequence[Factor], sums: list[Tensor]) -> list[Tensor]:
+    """The sums over whole tensors, where FSDP2 gave each process some rows: one collective call."""
+    places = [
+        (p.parameter.device_mesh, p.parameter.placements)
+        if isinstance(p.parameter, DTensor)
+        else None
+        for p in probes
+    ]
+    for rows in groups(places):
+        if (place := places[rows[0]]) is None:
+            continue
+        mesh, placements = place
+        kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
+        part = torch.cat([sums[i] for i in rows])
+        full = DTensor.from_local(part, mesh, kinds, run_check=False).full_tensor()
+        for i, row in zip(rows, full.split([len(sums[i]) for i in rows]), strict=True):
+            sums[i] = row
+    return sums
+
+
+def norms(modules: Sequence[LoraComponents], importance: str) -> list[Tensor]:
+    """``share`` (Eq. 7) or ``norm`` of every component, one (rank,) tensor a module."""
+    return [score for block in _blocks(modules) for score in _norms_of(block, importance)]
+
+
+def _blocks(modules: Sequence[LoraComponents]) -> Iterator[list[LoraComponents]]:
+    """The modules in order, as many at a time as the limit of Gram matrices allows, at least one."""
+    limit = limits_of(modules[0].ema).grams
+    block: list[LoraComponents] = []
+    size = 0
+    for module in modules:
+        need = 2 * 4 * module.rank**2 * sum(a.copies for a, _ in module.pairs)
+        if block and size + need > limit:
+            yield block
+            block, size = [], 0
+        block.append(module)
+        size += need
+    yield block
+
+
+def _norms_of(modules: Sequence[LoraComponents], importance: str) -> list[Tensor]:
+    products = []
+    pairs = [pair for m in modules for pair in m.pairs]
+    grams_a = gram_matrices([a for a, _ in pairs])
+    grams_b = gram_matrices([b for _, b in pairs])
+    at = 0
+    for module in modules:
+        count = len(module.pairs)
+        shares = [
+            (a * b).sum(0)
+            for a, b in zip(grams_a[at : at + count], grams_b[at : at + count], strict=True)
+        ]
+        total = torch.stack(shares).sum(0)  # pairs act on other outputs: squares of norms add
+        at += count
+        gate = module.gate
+        gates = None if gate is None else full_tensor(gate).detach().to(total.dtype)
+        ones = torch.ones_like(total)
+        products.append(allocation.component_products(total, ones, gates))
+    found: list[Tensor] = [torch.zeros(0)] * len(modules)
+    for rows in groups([(p.shape, p.dtype, p.device) for p in products]):
+        stack = torch.stack([products[i] for i in rows])
+        if importance == "share":
+            scores = allocation.component_importance(stack)
+        else:
+            scalings = [modules[i].scaling or 1.0 for i in rows]
+            scores = allocation.component_norms(stack) * stack.new_tensor(scalings)[:, None]
+        for i, row in zip(rows, scores.unbind(), strict=True):
+            found[i] = row
+    return found
+
+
+@torch.no_grad()
+def gram_matrices(factors: Sequence[Factor]) -> list[Tensor]:
+    """Inner products of the components' vectors in each factor, in fp32 at least.
+
+    Returns:
+        A Aᵀ or Bᵀ B of every factor, (copies, rank, rank) each, in the order of ``factors``.
+    """
+    weights = [f.parameter for f in factors]
+    kinds = [
+        (w.shape, f.dim, f.copies, f.is_grouped) for w, f in zip(weights, factors, strict=True)
+    ]
+    grams: list[Tensor] = [torch.zeros(0)] * len(factors)
+    for rows in stacks(weights, kinds):
+        vectors = [factors[i].vectors(full_tensor(weights[i]).detach()) for i in rows]
+        if len(rows) == 1:
+            grams[rows[0]] = _gram(vectors[0])
+            continue
+        stack = _exact(torch.stack(vectors))
+        for i, gram in zip(rows, (stack @ stack.mT).unbind(), strict=True):
+            grams[i] = gram
+    return grams
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    """The Gram matrices of one factor; vectors that must be converted are taken in slices."""
+    if vectors.dtype in {torch.float32, torch.float64}:
+        return vectors @ vectors.mT
+    copies, rank, _ = vectors.shape
+    gram = torch.zeros(copies, rank, rank, device=vectors.device)
+    length = max(1, limits_of(vectors).stack // (4 * max(1, copies * rank)))
+    for part in vectors.split(length, dim=2):
+        exact = part.float()
+        gram.baddbmm_(exact, exact.mT)
+    return gram
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

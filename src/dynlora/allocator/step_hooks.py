@@ -1,0 +1,126 @@
+"""Being told of every optimizer step, once, whatever optimizer it is."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynlora.lora.zero import zero_optimizer
+
+Hook = Callable[[Any, Any, Any], Any]
+
+
+def steppable(optimizer: Any) -> Any:
+    """The torch or ZeRO optimizer inside a wrapper such as accelerate's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if (zero := zero_optimizer(optimizer)) is not None:
+        return zero
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__} must be a torch.optim.Optimizer, whose step hooks "
+            "drive the allocator; pass the inner torch optimizer."
+        )
+    return optimizer
+
+
+def attach(optimizer: Any, *, before: Hook, after: Hook) -> list[Any]:
+    """Call ``before`` and ``after`` around each step, with torch's hook arguments.
+
+    A ZeRO optimizer has no step hooks, so its ``step`` is wrapped; one that it skips for an overflow is
+    not reported to ``after``.
+
+    Returns:
+        Handles; ``remove()`` of each ends it.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return [_WrappedStep(optimizer, before, after)]
+    return [
+        optimizer.register_step_pre_hook(before),
+        optimizer.register_step_post_hook(after),
+    ]
+
+
+class _WrappedStep:
+    """A ZeRO optimizer whose ``step`` tells of itself."""
+
+    def __init__(self, optimizer: Any, before: Hook, after: Hook) -> None:
+        self.optimizer = optimizer
+        step = optimizer.step
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            before(optimizer, (optimizer, *args), kwargs)
+            result = step(*args, **kwargs)
+            if not optimizer.overflow:
+                after(optimizer, (optimizer, *args), kwargs)
+            return result
+
+        optimizer.step = told
+
+    def remove(self) -> None:
+        """Give the optimizer its own ``step`` back."""
+        self.optimizer.__dict__.pop("step", None)
+
+
+def is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether the calling hook belongs to an inner ``step`` of one and the same optimizer step.
+
+    torch wraps the ``step`` of every optimizer class. Where a subclass calls ``super().step()``, its
+    hooks fire for both wrappers, but only the outer one is a step of the run. A counter would stay
+    wrong after an exception inside ``step``; the call stack never is.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    wrappers = 0
+    while frame is not None and wrappers < 2:
+        if frame.f_code.co_name == "wrapper" and frame.f_globals["__name__"] == _TORCH_OPTIMIZER:
+            wrappers += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return wrappers == 2
+
+
+def once_computed(args: Any, kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
+    """Do ``action`` when the gradients of the coming step are there: now, or after its closure.
+
+    Args:
+        args: of ``step``, the optimizer first.
+        kwargs: of ``step``.
+        action: done each time a closure has computed the gradients, once where there is none.
+
+    Returns:
+        What a pre-hook of torch returns: the arguments to use instead, or None.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        action()
+        return None
+
+    def wrapped() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": wrapped}
+    return (args[0], wrapped, *args[2:]), kwargs
+
+
+def loss_scale(optimizer: Any) -> Tensor | float | None:
+    """By how much the gradients in front of the coming step are still scaled up, None if not at all.
+
+    A fused torch optimizer unscales inside ``step``, and so does a ZeRO optimizer in fp16.
+    """
+    scale: Tensor | float | None = getattr(optimizer, "grad_scale", None)
+    if scale is None and not isinstance(optimizer, Optimizer):
+        scale = float(optimizer.loss_scale)
+        return None if scale == 1 else scale
+    return scale
+
+
+_TORCH_OPTIMIZER = Optimizer.__module__

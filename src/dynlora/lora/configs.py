@@ -1,0 +1,147 @@
+"""The LoraConfig that describes an adapter's present ranks: which modules, which rank and which alpha.
+
+PEFT reads pattern keys as regular expressions and refuses rank 0, so names are anchored and escaped
+and modules of rank 0 are excluded.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from dynlora.lora.components import LoraComponents, unwrapped, without_wrappers
+
+_REWRITES_BASE = ("pissa", "olora", "corda", "orthogonal", "lora_ga", "loftq")
+"""Starts that subtract the adapter's first update from the base weights, or round them."""
+
+
+def rewrites_base(config: LoraConfig) -> bool:
+    """Whether the adapter's start changed the base weights, as PiSSA's does.
+
+    What is saved fits only a base that was changed in the same way, and PEFT changes it again at each
+    load, by the ranks in the config: they must stay those of the start.
+    """
+    start = config.init_lora_weights
+    return isinstance(start, str) and start.startswith(_REWRITES_BASE)
+
+
+def module_key(name: str) -> str:
+    """The pattern key that matches one module only."""
+    return "^" + re.escape(name)
+
+
+def pattern_name(module: LoraComponents) -> str:
+    """What PEFT compares pattern keys with: the module's name, or its parameter's for fused experts."""
+    if not isinstance(module.layer, lora.ParamWrapper):
+        return module.name
+    name = module.name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{module.layer.parameter_name}"
+
+
+def ragged_config(
+    model: nn.Module,
+    config: LoraConfig,
+    modules: Sequence[LoraComponents],
+    ranks: Mapping[str, int] | None = None,
+) -> LoraConfig:
+    """A copy of ``config`` from which stock PEFT rebuilds an adapter of the modules' ranks.
+
+    Args:
+        model: the model whose module names the patterns must tell apart.
+        config: the adapter's config when the run began.
+        modules: all of its modules, dropped ones included.
+        ranks: by module name, zeros included; the present ones if not given.
+
+    Raises:
+        ValueError: every module has rank 0, so there is nothing to rebuild.
+    """
+    ranks = {m.name: m.rank for m in modules} if ranks is None else ranks
+    present = [m for m in modules if ranks[m.name]]
+    if not present:
+        raise ValueError(
+            "model has no component left: the adapter equals the base model. Raise target_r."
+        )
+    ragged = copy.copy(config)
+    ragged.rank_pattern, ragged.alpha_pattern = {}, {}
+    for module in present:
+        key, rank = module_key(pattern_name(module)), ranks[module.name]
+        alpha = (module.scaling or 1.0) * (rank**0.5 if config.use_rslora else rank)
+        if rank != config.r:
+            ragged.rank_pattern[key] = rank
+        if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12):
+            ragged.alpha_pattern[key] = int(alpha) if alpha == int(alpha) else alpha
+    if len(present) < len(modules):
+        by_name = {
+            m.name: ranks[m.name] for m in modules if not isinstance(m.layer, lora.ParamWrapper)
+        }
+        for field, value in target_fields(model, config, by_name).items():
+            setattr(ragged, field, value)
+    return ragged
+
+
+def target_fields(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """``target_modules`` and its companions that match exactly the modules of rank 1 or more.
+
+    The user's own list of names is kept where it can be, with rank-0 modules in ``exclude_modules``.
+    A regular expression is the last resort, because some servers read only lists.
+
+    Args:
+        model: the model whose module names the fields must tell apart.
+        config: the adapter's config when the run began.
+        ranks: rank by module name, zeros included.
+    """
+    alive = sorted(n for n, r in ranks.items() if r > 0)
+    dead = sorted(n for n, r in ranks.items() if r == 0)
+    own_layers = {
+        "layers_to_transform": config.layers_to_transform,
+        "layers_pattern": config.layers_pattern,
+    }
+    all_layers = dict.fromkeys(own_layers)
+    candidates: list[dict[str, Any]] = []
+    names, excluded = config.target_modules, config.exclude_modules
+    if names and not isinstance(names, str) and not isinstance(excluded, str):
+        unused = sorted({*(excluded or ()), *dead})
+        candidates.append(
+            {"target_modules": sorted(names), "exclude_modules": unused or None, **own_layers}
+        )
+    candidates.append({"target_modules": alive, "exclude_modules": dead or None, **all_layers})
+    one_of = "|".join(re.escape(n) for n in alive)
+    exact = {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **all_layers}
+    targetable = targetable_names(model)
+    living = set(alive)
+    wanted = [n for n in targetable if n in living]
+    for fields in candidates:
+        trial = LoraConfig(**fields)
+        if [n for n in targetable if check_target_module_exists(trial, n)] == wanted:
+            return fields
+    return exact
+
+
+def targetable_names(model: nn.Module) -> list[str]:
+    """Names that the base model's modules have without adapters."""
+    names: list[str] = []
+    inside = "\0"  # prefix of what lies below the adapted module seen last; its children follow it
+    for wrapped_name, module in unwrapped(model).named_modules():
+        name = without_wrappers(wrapped_name)
+        if name and not name.startswith(inside):
+            if name not in names[-1:]:  # a wrapper and what it wraps have one name
+                names.append(name)
+            if isinstance(module, lora.LoraLayer):
+                inside = name + "."
+    return names
+
+
+def swap_config_(model: nn.Module, adapter: str, config: LoraConfig) -> None:
+    """Replace the adapter's config wherever the model knows it; the old object stays as it was."""
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict) and adapter in configs:
+            configs[adapter] = config
