@@ -291,6 +291,20 @@ def test_a_llama_compiles_without_a_graph_break_and_gives_the_same_gradients(is_
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_layer_follows_changes_of_rank_and_scaling():
+    layer = first(pair()[0])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = data()[0]
+    for scale, rank in ((1.0, 4), (0.3, 3), (2.5, 3), (0.7, 1), (0.7, 0)):
+        layer.set_scale("default", scale)
+        for module, dim in ((layer.lora_A["default"], 0), (layer.lora_B["default"], 1)):
+            module.weight = nn.Parameter(module.weight.detach().narrow(dim, 0, rank).clone())
+        actual, expected = compiled(x), layer(x)
+        torch.testing.assert_close(actual, expected, **EXACT)
+        torch.testing.assert_close(gradients(layer, actual), gradients(layer, expected), **EXACT)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_dropout_compiles_and_keeps_its_share():
     model = adapted(lora_dropout=0.5, target_modules=["0"])
     layer = first(model)
@@ -473,6 +487,11 @@ def other_dropout(model):
     first(model).lora_dropout["default"] = nn.AlphaDropout(0.0)
 
 
+def scaling_as_tensor(model):
+    """What ``prepare_model_for_compiled_hotswap`` does."""
+    first(model).scaling["default"] = torch.tensor(first(model).scaling["default"])
+
+
 def parametrised(model):
     nn.utils.parametrizations.weight_norm(first(model).base_layer)
 
@@ -486,6 +505,7 @@ UNCOMMON = {
     "trained base weight": lambda model: first(model).base_layer.weight.requires_grad_(),
     "trained base bias": lambda model: first(model).base_layer.bias.requires_grad_(),
     "another dropout": other_dropout,
+    "scaling as a tensor": scaling_as_tensor,
     "parametrised base": parametrised,
 }
 

@@ -37,6 +37,8 @@ def fusable_adapter(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str
         and lora_a.bias is None
         and type(lora_b) is nn.Linear
         and lora_b.bias is None
+        # PEFT makes it a tensor for compiled hot-swapping, to be read at each call
+        and isinstance(layer.scaling[adapter], (int, float))
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)

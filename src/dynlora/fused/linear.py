@@ -36,7 +36,7 @@ def fused_forward(
     dropout, scale, mask = layer.lora_dropout[adapter], layer.scaling[adapter], None
     if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0:
         mask, kept = keep_mask(rows, dropout.p)
-        scale /= kept
+        scale = scale / kept
     with _no_autocast(x):
         y: Tensor = LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch's
             rows, weight, bias, a, b, scale, mask
