@@ -16,10 +16,29 @@ _PLAIN = (Tensor, nn.Parameter)  # not a DTensor, a quantised or a nested tensor
 
 
 def fusable_adapter(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str | None:
-    """The one adapter of a LoRA layer that the fused function can compute now, or None.
+    """The one adapter of a LoRA layer that can be computed together with its base now, or None.
 
     Args:
         layer: a ``peft.tuners.lora.Linear``.
+        lora_a_type: the exact class that ``lora_A[adapter]`` must have.
+    """
+    base = layer.base_layer
+    is_frozen_linear = (
+        type(base) is nn.Linear
+        and type(base.weight) in _PLAIN
+        and not base.weight.requires_grad
+        and not (base.bias is not None and base.bias.requires_grad)
+    )
+    if not is_frozen_linear or _is_observed((base,)):
+        return None
+    return fusable_update(layer, lora_a_type)
+
+
+def fusable_update(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str | None:
+    """The one adapter of a LoRA layer whose update can be computed and added now, or None.
+
+    Args:
+        layer: a LoRA layer that adds ``lora_B(lora_A(dropout(x))) * scaling`` to its base's output.
         lora_a_type: the exact class that ``lora_A[adapter]`` must have.
     """
     active = layer.active_adapters
@@ -28,23 +47,17 @@ def fusable_adapter(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str
     adapter: str = active[0]
     if adapter not in layer.lora_A or adapter in layer.lora_variant:
         return None
-    parts = (layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter])
-    base, lora_a, lora_b = parts
+    lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
     is_common = (
-        type(base) is nn.Linear
-        and type(lora_a) is lora_a_type
-        and lora_a.bias is None
+        type(lora_a) is lora_a_type
         and type(lora_b) is nn.Linear
-        and lora_b.bias is None
+        and all(part.bias is None and type(part.weight) in _PLAIN for part in (lora_a, lora_b))
         # PEFT makes it a tensor for compiled hot-swapping, to be read at each call
         and isinstance(layer.scaling[adapter], (int, float))
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
-        and not base.weight.requires_grad
-        and not (base.bias is not None and base.bias.requires_grad)
-        and all(type(part.weight) in _PLAIN for part in parts)
     )
-    return adapter if is_common and not _is_observed((*parts, dropout)) else None
+    return adapter if is_common and not _is_observed((lora_a, lora_b, dropout)) else None
 
 
 def _is_observed(parts: tuple[nn.Module, ...]) -> bool:
@@ -69,26 +82,46 @@ def _is_observed(parts: tuple[nn.Module, ...]) -> bool:
 
 
 def common_dtype(layer: Any, adapter: str, x: Tensor) -> torch.dtype | None:
-    """The dtype all products are computed in, or None where only PEFT's forward can tell.
+    """The dtype all products of ``fused_forward`` are computed in, or None where PEFT mixes dtypes.
 
     Under autocast it is autocast's. Without it, x and all weights must agree: PEFT computes an
-    adapter in float32 over a base in bfloat16 in two dtypes, and so must we.
+    adapter in float32 over a base in bfloat16 in two dtypes.
 
     Args:
         layer: a layer for which ``fusable_adapter`` names ``adapter``.
         adapter: the active adapter.
         x: the input, (..., in).
     """
+    weights = (layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter])
+    return _product_dtype(x, (x.dtype, *(part.weight.dtype for part in weights)))
+
+
+def update_dtype(layer: Any, adapter: str, x: Tensor) -> torch.dtype | None:
+    """The dtype in which the products of ``fused_update`` are computed, or None to leave it to PEFT.
+
+    Under autocast it is autocast's, without it the adapter's, to which PEFT casts x.
+
+    Args:
+        layer: a layer for which ``fusable_update`` names ``adapter``.
+        adapter: the active adapter.
+        x: the input, (..., in).
+    """
+    a, b = (factor[adapter].weight.dtype for factor in (layer.lora_A, layer.lora_B))
+    is_cast = layer.cast_input_dtype_enabled and x.is_floating_point() and not is_autocast(x)
+    return _product_dtype(x, (a if is_cast else x.dtype, a, b))
+
+
+def _product_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.dtype | None:
+    """The dtype of products of x with weights of these dtypes, or None if only PEFT can tell."""
     if type(x) not in _PLAIN:
         return None
-    tensors = (
-        x,
-        layer.base_layer.weight,
-        layer.lora_A[adapter].weight,
-        layer.lora_B[adapter].weight,
-    )
+    if is_autocast(x):
+        exempt = any(d == torch.float64 or not d.is_floating_point for d in dtypes)
+        return None if exempt else torch.get_autocast_dtype(x.device.type)
+    return dtypes[0] if len(set(dtypes)) == 1 else None
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; some devices, such as meta, have none."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        exempt = any(t.dtype == torch.float64 or not t.is_floating_point() for t in tensors)
-        return None if exempt else torch.get_autocast_dtype(device)
-    return x.dtype if all(t.dtype == x.dtype for t in tensors) else None
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -1,10 +1,11 @@
 """Switch the fused computation of a model's LoRA layers on and off.
 
-A layer is switched by its class alone: ``FusedLinear`` adds nothing to the layer's state, so
+A layer is switched by its class alone: the fused class adds nothing to the layer's state, so
 parameters, buffers, state dicts and the optimizer do not notice. A model pickled whole while it is
 on names this module; a saved adapter never does.
 """
 
+import sys
 from typing import Any
 
 from peft.tuners.lora.layer import Linear, LoraLayer
@@ -29,6 +30,7 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft is untyped
 def fuse_(model: nn.Module, adapter: str | None = None) -> int:
     """Let the model's LoRA layers over a plain ``nn.Linear`` compute base and adapter in one function.
 
+    Over bitsandbytes' 4- and 8-bit layers the base keeps its product and the update is fused.
     Values and gradients stay PEFT's to rounding; with dropout another mask of the same law is
     drawn. Merged, disabled, hooked, mixed or DoRA layers keep computing as PEFT does, because the
     conditions are asked at each call. A second call changes nothing.
@@ -53,28 +55,48 @@ def fuse_(model: nn.Module, adapter: str | None = None) -> int:
                 f"adapter={adapter!r} is not an adapter of this model, which has {sorted(known)}. "
                 "Name one of these, or pass None for all"
             )
-    eligible = [layer for layer in layers if _is_eligible(layer, adapter)]
+    classes = _fused_classes()
+    eligible = [layer for layer in layers if _is_eligible(layer, adapter, classes)]
     for layer in eligible:
-        layer.__class__ = FusedLinear
+        layer.__class__ = classes.get(type(layer), type(layer))
     return len(eligible)
 
 
 def unfuse_(model: nn.Module) -> None:
     """Let all LoRA layers of the model compute as PEFT does; their class is PEFT's again."""
+    stock = {fused: cls for cls, fused in _fused_classes().items()}
     for module in model.modules():
-        if type(module) is FusedLinear:
-            module.__class__ = Linear
+        if type(module) in stock:
+            module.__class__ = stock[type(module)]
 
 
-def _is_eligible(layer: Any, adapter: str | None) -> bool:
+def _fused_classes() -> dict[type, type]:
+    """For each of PEFT's classes that can be fused, the class that is.
+
+    bitsandbytes is slow to import, so its layers are thought of only where PEFT has imported it.
+    """
+    if "peft.tuners.lora.bnb" not in sys.modules:
+        return {Linear: FusedLinear}
+    from peft.tuners.lora import bnb
+
+    from dynlora.fused.quantised import FusedLinear4bit, FusedLinear8bitLt
+
+    return {
+        Linear: FusedLinear,
+        bnb.Linear4bit: FusedLinear4bit,
+        bnb.Linear8bitLt: FusedLinear8bitLt,
+    }
+
+
+def _is_eligible(layer: Any, adapter: str | None, classes: dict[type, type]) -> bool:
     """Whether some adapter of the layer (or this one) can take the fused path in an ordinary call.
 
     Exact classes: a subclass of PEFT's layer has a forward of its own, and so has a subclass of
     ``nn.Linear``.
     """
+    if type(layer) not in {*classes, *classes.values()}:
+        return False
+    if isinstance(layer, Linear) and type(layer.base_layer) is not nn.Linear:
+        return False
     names = layer.lora_A.keys() if adapter is None else {adapter} & layer.lora_A.keys()
-    return (
-        type(layer) in {Linear, FusedLinear}
-        and type(layer.base_layer) is nn.Linear
-        and any(name not in layer.lora_variant for name in names)
-    )
+    return any(name not in layer.lora_variant for name in names)

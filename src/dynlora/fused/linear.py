@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynlora.fused.conditions import is_autocast
+
 
 def fused_forward(
     layer: Any, adapter: str, x: Tensor, dtype: torch.dtype, b: Tensor | None = None
@@ -33,11 +35,8 @@ def fused_forward(
     a, weight = layer.lora_A[adapter].weight.to(dtype), base.weight.to(dtype)
     bias = None if base.bias is None else base.bias.to(dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    dropout, scale, mask = layer.lora_dropout[adapter], layer.scaling[adapter], None
-    if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0:
-        mask, kept = keep_mask(rows, dropout.p)
-        scale = scale / kept
-    with _no_autocast(x):
+    mask, scale = mask_and_scale(layer, adapter, rows)
+    with no_autocast(x):
         y: Tensor = LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch's
             rows, weight, bias, a, b, scale, mask
         )
@@ -76,30 +75,57 @@ class LoraLinear(torch.autograd.Function):
         (dy,) = grads
         x, weight, a, b, z, mask = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
-        dx = da = db = None
-        with _no_autocast(dy):  # whoever calls backward() inside autocast
+        with no_autocast(dy):  # whoever calls backward() inside autocast
             if torch.is_grad_enabled():  # to be differentiated again: z must know its origin
                 z = masked(x, mask) @ a.T
-            if wants_b:  # at some ranks several times faster on a CPU than dyᵀ z
-                db = (z.T @ dy).T * ctx.scale
-            if wants_x or wants_a:
-                dz = dy @ (b * ctx.scale)
-            if wants_a:
-                da = dz.T @ masked(x, mask)
-            if wants_x:
-                dx = dz @ a
-                if mask is not None:
-                    dx = dx.mul_(as_factor(mask, dx))
+            wants = (wants_x, wants_a, wants_b)
+            dx, da, db = update_gradients(dy, x, a, b, z, mask, ctx.scale, wants)
+            if dx is not None:
                 dx = dx.addmm_(dy, weight)
         return dx, None, None, da, db, None, None
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def update_gradients(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    z: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, A and B through scale · z Bᵀ, those that ``wants`` asks for.
+
+    Shapes as in ``LoraLinear``; dy (tokens, out), z (tokens, r).
+    """
+    wants_x, wants_a, wants_b = wants
+    dx = da = db = None
+    if wants_b:
+        db = (z.T @ dy).T * scale  # at some ranks several times faster on a CPU than dyᵀ z
+    if wants_x or wants_a:
+        dz = dy @ (b * scale)
+    if wants_a:
+        da = dz.T @ masked(x, mask)
+    if wants_x:
+        dx = dz @ a
+        if mask is not None:
+            dx = dx.mul_(as_factor(mask, dx))
+    return dx, da, db
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations keep their dtype; it costs nothing where autocast is off."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
+
+
+def mask_and_scale(layer: Any, adapter: str, x: Tensor) -> tuple[Tensor | None, float]:
+    """The dropout mask that ``layer`` applies to x now, None for all of x, and what scales the update."""
+    dropout, scale = layer.lora_dropout[adapter], layer.scaling[adapter]
+    if type(dropout) is nn.Identity or not dropout.training or dropout.p == 0:
+        return None, scale
+    mask, kept = keep_mask(x, dropout.p)
+    return mask, scale / kept
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
