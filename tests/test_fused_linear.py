@@ -316,10 +316,13 @@ def test_dropout_compiles_and_keeps_its_share():
     torch.testing.assert_close(compiled(x).mean(0), layer.eval()(x)[0], rtol=0.05, atol=0.05)
 
 
-def test_inference_mode_gives_pefts_output():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_is_pefts_to_the_bit_and_training_without_gradients_to_rounding(mode):
     fused, plain = pair()
-    with torch.inference_mode():
+    with mode():
         torch.testing.assert_close(fused(data()[0]), plain(data()[0]), **EXACT)
+        actual, expected = fused.eval()(data()[0]), plain.eval()(data()[0])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_meta_tensors_are_served():

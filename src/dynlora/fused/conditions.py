@@ -29,9 +29,7 @@ def fusable_adapter(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
     )
-    if not is_frozen_linear or _is_observed((base,)):
-        return None
-    return fusable_update(layer, lora_a_type)
+    return None if not is_frozen_linear or _is_watched(base) else fusable_update(layer, lora_a_type)
 
 
 def fusable_update(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str | None:
@@ -57,11 +55,23 @@ def fusable_update(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str 
         and isinstance(layer.scaling[adapter], (int, float))
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
     )
-    return adapter if is_common and not _is_observed((lora_a, lora_b, dropout)) else None
+    is_watched = any(_is_watched(part) for part in (lora_a, lora_b, dropout))
+    return adapter if is_common and not is_watched and not _is_transformed() else None
 
 
-def _is_observed(parts: tuple[nn.Module, ...]) -> bool:
-    """Whether anybody waits for the parts' own forward: hooks, replaced methods, tracers."""
+def _is_watched(part: nn.Module) -> bool:
+    """Whether the forward of this module is replaced, or hooks wait for it."""
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether all modules are hooked, or a tracer or function transform sees every operation."""
     return bool(
         hooks_of_all._global_forward_hooks
         or hooks_of_all._global_forward_pre_hooks
@@ -70,15 +80,17 @@ def _is_observed(parts: tuple[nn.Module, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0  # the fused function has no forward-mode derivative
-        or any(
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or "forward" in part.__dict__
-            for part in parts
-        )
     )
+
+
+def is_training(layer: nn.Module) -> bool:
+    """Whether a call of this layer may have a backward pass.
+
+    Else PEFT's forward runs: there is nothing to keep, the checks take longer than a few tokens,
+    and what is generated or evaluated is PEFT's to the bit. Not by grad mode alone: a checkpoint's
+    first forward runs without gradients, and must draw its dropout as the second does.
+    """
+    return layer.training or torch.is_grad_enabled()
 
 
 def common_dtype(layer: Any, adapter: str, x: Tensor) -> torch.dtype | None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora import bnb
 from torch import Tensor
 
-from dynlora.fused.conditions import fusable_update, update_dtype
+from dynlora.fused.conditions import fusable_update, is_training, update_dtype
 from dynlora.fused.update import fused_update
 
 
@@ -32,7 +32,7 @@ class FusedLinear8bitLt(bnb.Linear8bitLt):  # type: ignore[misc]  # peft is unty
 
 def _fused(layer: Any, x: Tensor) -> Tensor | None:
     """What the layer computes for x, or None where only PEFT's forward can tell."""
-    adapter = fusable_update(layer)
+    adapter = fusable_update(layer) if is_training(layer) else None
     dtype = None if adapter is None else update_dtype(layer, adapter, x)
     if adapter is None or dtype is None:
         return None
