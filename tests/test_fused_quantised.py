@@ -29,7 +29,7 @@ def quantised(bits, dtype=torch.float32):
     torch.manual_seed(0)
     net = nn.Sequential(linear(), nn.Tanh(), linear(), nn.Tanh(), linear())
     net = net.to(dtype).to("cpu").requires_grad_(False)
-    net.is_loaded_in_4bit, net.is_loaded_in_8bit = bits == 4, bits == 8
+    vars(net).update(is_loaded_in_4bit=bits == 4, is_loaded_in_8bit=bits == 8)  # asked for by PEFT
     return net
 
 
