@@ -1,0 +1,638 @@
+"""Fused stock LoRA layers compute what PEFT's compute, where they can, and step aside elsewhere."""
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as lora
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import tiny_models
+from dynlora.fused import fuse_, unfuse_
+from dynlora.fused.conditions import fusable_adapter
+from dynlora.fused.install import FusedLinear
+from dynlora.fused.linear import LoraLinear, fused_forward, keep_mask
+from small_net import data, small_net
+
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def adapted(dtype=torch.float32, **fields):
+    """The small net with a LoRA whose A and B are random; the last of its layers fell to rank 0."""
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["0", "1", "2"], **fields}
+    net = small_net().to(dtype)
+    torch.manual_seed(3)
+    model = get_peft_model(net, LoraConfig(init_lora_weights=False, **fields)).train()
+    if "2" in fields["target_modules"]:
+        model.get_base_model().layers[2].delete_adapter("default")
+    return model
+
+
+def pair(**fields):
+    """The same adapted net, fused and as PEFT computes it."""
+    fused, plain = adapted(**fields), adapted(**fields)
+    assert fuse_(fused) == 2
+    return fused, plain
+
+
+def first(model):
+    return model.get_base_model().layers[0]
+
+
+def num_fused(output):
+    """Fused functions in the graph behind ``output``."""
+    seen, queue, count = set(), [output.grad_fn], 0
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        count += node.name() == "LoraLinearBackward"
+        queue += [parent for parent, _ in node.next_functions]
+    return count
+
+
+def gradients(model, output):
+    model.zero_grad()
+    output.square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_same(fused, plain, x, *, count):
+    """Outputs, gradients of x and of all parameters agree; ``count`` layers took the fused path."""
+    runs = []
+    for model in (fused, plain):
+        own = x.clone().requires_grad_()
+        output = model(own)
+        runs.append((output, gradients(model, output), own.grad))
+    (actual, *ours), (expected, *theirs) = runs
+    assert (num_fused(actual), num_fused(expected)) == (count, 0)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# -- the function ----------------------------------------------------------------------------------
+
+
+def random_arguments(*, masked, rank=3, tokens=5, width=4, out=6):
+    def draw(*shape, grad=True):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+    return (
+        draw(tokens, width),
+        draw(out, width, grad=False),
+        draw(out, grad=False),
+        draw(rank, width),
+        draw(out, rank),
+        0.7,
+        torch.rand(tokens, width) > 0.3 if masked else None,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_first_and_second_derivatives_are_right(masked, rank):
+    arguments = random_arguments(masked=masked, rank=rank)
+    assert torch.autograd.gradcheck(LoraLinear.apply, arguments)
+    assert torch.autograd.gradgradcheck(LoraLinear.apply, arguments)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("trained", [0, 3, 4])
+def test_each_gradient_is_right_when_it_alone_is_asked_for(masked, trained):
+    arguments = [
+        v.detach() if isinstance(v, torch.Tensor) else v for v in random_arguments(masked=masked)
+    ]
+    arguments[trained].requires_grad_()
+    assert torch.autograd.gradcheck(LoraLinear.apply, tuple(arguments))
+
+
+def test_a_given_b_replaces_the_layers_and_receives_its_gradient():
+    layer = first(pair()[0])
+    b, x = layer.lora_B["default"].weight, data()[0]
+    gate = torch.rand(4, requires_grad=True)
+    actual = fused_forward(layer, "default", x, x.dtype, b=b * gate)
+    z = layer.lora_A["default"](x)
+    expected = layer.base_layer(x) + layer.scaling["default"] * (z * gate) @ b.T
+    torch.testing.assert_close(actual, expected, **EXACT)
+    wanted = (gate, b, layer.lora_A["default"].weight)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.square().mean(), wanted) for y in (actual, expected)), **EXACT
+    )
+
+
+def test_a_room_with_its_own_lora_a_names_its_class_to_be_served():
+    class Gated(nn.Linear):
+        pass
+
+    layer = first(adapted())
+    layer.lora_A["default"].__class__ = Gated
+    assert fusable_adapter(layer) is None
+    assert fusable_adapter(layer, Gated) == "default"
+
+
+# -- equal to PEFT's -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_outputs_and_gradients_equal_pefts(dtype, use_rslora):
+    fused, plain = pair(dtype=dtype, use_rslora=use_rslora)
+    assert_same(fused, plain, data()[0].to(dtype), count=2)
+
+
+@pytest.mark.parametrize("build", [tiny_models.tiny_llama, tiny_models.tiny_bert])
+def test_transformers_equal_pefts(build):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    outputs, grads = [], []
+    for is_fused in (True, False):
+        model = get_peft_model(build(), config).train()
+        batch = tiny_models.batch(model.get_base_model())
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.1)
+        assert not is_fused or fuse_(model) > 10
+        torch.manual_seed(0)  # the base model's own dropout
+        outputs.append(model(**batch).logits)
+        grads.append(gradients(model, outputs[-1]))
+    assert num_fused(outputs[0]) > 10
+    torch.testing.assert_close(*outputs, **EXACT)
+    torch.testing.assert_close(*grads, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 3, 6), (2, 0, 6)])
+def test_inputs_of_any_number_of_dimensions_are_served(shape):
+    fused, plain = pair()
+    x = torch.randn(*shape)
+    assert num_fused(fused(x)) == 2
+    torch.testing.assert_close(fused(x), plain(x), **EXACT)
+
+
+def test_a_transposed_input_is_served():
+    assert_same(*pair(), torch.randn(6, 5, 2).transpose(0, 2), count=2)
+
+
+def test_an_output_may_be_changed_in_place():
+    grads = []
+    for model in pair():
+        x = data()[0].requires_grad_()
+        output = first(model)(x)
+        output.mul_(2).relu_()
+        grads.append(gradients(model, output))
+    torch.testing.assert_close(*grads, **EXACT)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_change_of_rank_is_followed(rank):
+    fused, plain = pair()
+    for model in (fused, plain):
+        a, b = first(model).lora_A["default"], first(model).lora_B["default"]
+        a.weight = nn.Parameter(a.weight.detach()[:rank].clone())
+        b.weight = nn.Parameter(b.weight.detach()[:, :rank].clone())
+    assert_same(fused, plain, data()[0], count=2)
+
+
+def test_a_change_of_scaling_is_followed():
+    fused, plain = pair()
+    for model in (fused, plain):
+        first(model).set_scale("default", 0.3)
+    assert_same(fused, plain, data()[0], count=2)
+
+
+def test_a_layer_whose_adapter_was_deleted_is_its_base_layer():
+    fused, plain = pair()
+    for model in (fused, plain):
+        first(model).delete_adapter("default")
+    assert_same(fused, plain, data()[0], count=1)
+    x = data()[0]
+    torch.testing.assert_close(first(fused)(x), first(fused).base_layer(x), rtol=0, atol=0)
+
+
+def test_whole_runs_end_at_the_same_weights():
+    ends = []
+    for model in pair(dtype=torch.float64):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        x, y = (t.double() for t in data())
+        for _ in range(30):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+# -- where it works --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_leaves_gradients_in_the_parameters(dtype):
+    fused, plain = pair()
+    x = data()[0]
+    with torch.autocast("cpu", dtype):
+        actual, expected = fused(x), plain(x)
+    assert num_fused(actual) == 2
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    ours, theirs = gradients(fused, actual), gradients(plain, expected)
+    assert {g.dtype for g in ours} == {torch.float32}
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_a_backward_pass_inside_autocast_keeps_the_dtype_of_the_forward_pass():
+    fused, plain = pair()
+    x = data()[0]
+    actual, expected = first(fused)(x), gradients(plain, first(plain)(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(fused, actual)
+    torch.testing.assert_close(ours, expected, **EXACT)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, lora_dropout, is_autocast):
+    fused, _ = pair(lora_dropout=lora_dropout)
+    x = data()[0].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        torch.manual_seed(7)
+        expected = fused(x)
+        torch.manual_seed(7)
+        actual = checkpoint(fused, x, use_reentrant=use_reentrant)
+    torch.testing.assert_close(gradients(fused, actual), gradients(fused, expected), rtol=0, atol=0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_a_llama_compiles_without_a_graph_break_and_gives_the_same_gradients(is_autocast):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny_models.tiny_llama(), config).train()
+    fuse_(model)
+    batch = tiny_models.batch(model.get_base_model())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    bounds = {"rtol": 5e-2, "atol": 5e-2} if is_autocast else EXACT
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        expected, actual = (run(**batch).logits for run in (model, compiled))
+    torch.testing.assert_close(actual, expected, **bounds)
+    torch.testing.assert_close(gradients(model, actual), gradients(model, expected), **bounds)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_layer_follows_changes_of_rank_and_scaling():
+    layer = first(pair()[0])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = data()[0]
+    for scale, rank in ((1.0, 4), (0.3, 3), (2.5, 3), (0.7, 1), (0.7, 0)):
+        layer.set_scale("default", scale)
+        for module, dim in ((layer.lora_A["default"], 0), (layer.lora_B["default"], 1)):
+            module.weight = nn.Parameter(module.weight.detach().narrow(dim, 0, rank).clone())
+        actual, expected = compiled(x), layer(x)
+        torch.testing.assert_close(actual, expected, **EXACT)
+        torch.testing.assert_close(gradients(layer, actual), gradients(layer, expected), **EXACT)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_dropout_compiles_and_keeps_its_share():
+    model = adapted(lora_dropout=0.5, target_modules=["0"])
+    layer = first(model)
+    layer.base_layer.weight.data.zero_()
+    layer.base_layer.bias.data.zero_()
+    fuse_(model)
+    x = torch.ones(20000, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x).mean(0), layer.eval()(x)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_is_pefts_to_the_bit_and_training_without_gradients_to_rounding(mode):
+    fused, plain = pair()
+    with mode():
+        torch.testing.assert_close(fused(data()[0]), plain(data()[0]), **EXACT)
+        actual, expected = fused.eval()(data()[0]), plain.eval()(data()[0])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_meta_tensors_are_served():
+    model = adapted().to("meta")
+    fuse_(model)
+    output = model(torch.empty(5, 6, device="meta"))
+    assert num_fused(output) == 2
+    assert output.shape == (5, 4)
+
+
+def test_a_functional_call_computes_with_the_given_parameters():
+    fused, plain = pair()
+    names = {n: 2 * p for n, p in plain.named_parameters() if "lora_" in n}
+    x = data()[0]
+    actual, expected = (torch.func.functional_call(m, names, (x,)) for m in (fused, plain))
+    assert num_fused(actual) == 2
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def kept_bytes(model, x):
+    """Bytes that the graph of one forward keeps for its backward, parameters aside."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x)
+    assert output.requires_grad
+    return sum(storages.values())
+
+
+def test_it_keeps_no_more_for_the_backward_pass_and_less_with_dropout():
+    x = torch.randn(64, 6, requires_grad=True)
+    fused, plain = pair()
+    assert kept_bytes(fused, x) <= kept_bytes(plain, x)
+    fused, plain = pair(lora_dropout=0.1)
+    assert kept_bytes(fused, x) < 0.75 * kept_bytes(plain, x)
+
+
+# -- dropout ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1 - 1e-9])
+def test_a_mask_keeps_its_share_and_the_share_is_exact(p):
+    mask, kept = keep_mask(torch.zeros(1000, 101), p)
+    assert mask.shape == (1000, 101)
+    assert kept == pytest.approx(1 - p, abs=2**-16)
+    assert mask.float().mean().item() == pytest.approx(kept, abs=0.01)
+    by_lane = mask.flatten()[: 1000 * 100].view(-1, 4).float().mean(0)  # four entries share a draw
+    torch.testing.assert_close(by_lane, torch.full((4,), kept), rtol=0, atol=0.02)
+
+
+def test_dropout_is_on_in_training_only_and_scaled_by_what_is_kept():
+    model = adapted(lora_dropout=0.4)
+    fuse_(model)
+    layer = first(model)
+    x = data()[0]
+    base = layer.base_layer(x)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"]
+    torch.manual_seed(3)
+    actual = layer.train()(x)
+    torch.manual_seed(3)
+    mask, kept = keep_mask(x, 0.4)
+    expected = base + layer.scaling["default"] * b((x * mask / kept) @ a.T)
+    assert num_fused(actual) == 1
+    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.square().mean(), (a, b.weight)) for y in (actual, expected)),
+        **EXACT,
+    )
+    update = base + layer.scaling["default"] * b(x @ a.T)
+    torch.testing.assert_close(layer.eval()(x), update, **EXACT)
+
+
+# -- on and off ------------------------------------------------------------------------------------
+
+
+def test_fusing_and_unfusing_change_the_class_and_nothing_else():
+    model = adapted()
+    parameters, state = list(model.parameters()), dict(vars(first(model)))
+    assert [fuse_(model), fuse_(model)] == [2, 2]
+    assert type(first(model)) is FusedLinear
+    assert isinstance(first(model), lora.Linear)
+    assert dict(vars(first(model))) == state
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    unfuse_(model)
+    unfuse_(model)
+    assert {type(m) for m in model.modules() if isinstance(m, lora.LoraLayer)} == {lora.Linear}
+    assert num_fused(model(data()[0])) == 0
+
+
+def test_one_adapters_layers_alone_can_be_fused():
+    model = adapted(target_modules=["0", "2"])
+    model.add_adapter("other", LoraConfig(target_modules=["0", "1"]))
+    assert fuse_(model, "other") == 2
+    assert fuse_(model, "default") == 1
+    assert fuse_(model) == 2
+
+
+def test_an_adapter_that_is_not_there_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"adapter='nobody' .* which has \['default'\]"):
+        fuse_(adapted(), "nobody")
+
+
+def test_layers_that_never_could_are_left_as_they_are():
+    dora = adapted(use_dora=True)
+    gpt2 = get_peft_model(
+        tiny_models.tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    convolution = get_peft_model(
+        nn.Sequential(nn.Conv1d(3, 4, 1)), LoraConfig(target_modules=["0"])
+    )
+    assert [fuse_(model) for model in (dora, gpt2, convolution, nn.Linear(2, 2))] == [0, 0, 0, 0]
+
+
+def test_copies_and_pickles_stay_fused():
+    model, plain = pair()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert_same(twin, plain, data()[0], count=2)
+
+
+def test_a_saved_adapter_is_pefts(tmp_path):
+    fused, plain = adapted(target_modules=["0", "1"]), adapted(target_modules=["0", "1"])
+    fuse_(fused)
+    for name, model in (("fused", fused), ("plain", plain)):
+        model.save_pretrained(tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    loaded = PeftModel.from_pretrained(small_net(), tmp_path / "fused")
+    torch.testing.assert_close(loaded(data()[0]), plain(data()[0]), **EXACT)
+
+
+def test_a_fused_model_merges_into_its_base():
+    fused, plain = pair()
+    expected = plain(data()[0])
+    merged = fused.merge_and_unload()
+    assert not any(isinstance(module, lora.LoraLayer) for module in merged.modules())
+    torch.testing.assert_close(merged(data()[0]), expected, rtol=1e-5, atol=1e-5)
+
+
+# -- where it steps aside --------------------------------------------------------------------------
+
+
+def hook(*path):
+    def watch(model):
+        return first(model).get_submodule(".".join(path)).register_forward_hook(lambda *_: None)
+
+    return watch
+
+
+def replaced_forward(model):
+    base = first(model).base_layer
+    base.forward = type(base).forward.__get__(base)
+
+
+def other_dropout(model):
+    first(model).lora_dropout["default"] = nn.AlphaDropout(0.0)
+
+
+def scaling_as_tensor(model):
+    """What ``prepare_model_for_compiled_hotswap`` does."""
+    first(model).scaling["default"] = torch.tensor(first(model).scaling["default"])
+
+
+def parametrised(model):
+    nn.utils.parametrizations.weight_norm(first(model).base_layer)
+
+
+UNCOMMON = {
+    "hook on A": hook("lora_A", "default"),
+    "hook on B": hook("lora_B", "default"),
+    "hook on the base": hook("base_layer"),
+    "hook on dropout": hook("lora_dropout", "default"),
+    "base with its own forward": replaced_forward,
+    "trained base weight": lambda model: first(model).base_layer.weight.requires_grad_(),
+    "trained base bias": lambda model: first(model).base_layer.bias.requires_grad_(),
+    "another dropout": other_dropout,
+    "scaling as a tensor": scaling_as_tensor,
+    "parametrised base": parametrised,
+}
+
+
+@pytest.mark.parametrize("change", UNCOMMON.values(), ids=UNCOMMON)
+def test_a_layer_that_is_not_common_computes_as_peft_does(change):
+    fused, plain = pair()
+    change(fused)
+    change(plain)
+    assert_same(fused, plain, data()[0], count=1)
+
+
+@pytest.mark.parametrize("fields", [{"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_a_lora_that_is_not_common_computes_as_peft_does(fields):
+    fused, plain = adapted(**fields), adapted(**fields)
+    fuse_(fused)
+    assert_same(fused, plain, data()[0], count=0)
+
+
+@contextlib.contextmanager
+def global_hook(_model):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def merged(model):
+    model.merge_adapter()
+    yield
+
+
+@contextlib.contextmanager
+def two_adapters(model):
+    torch.manual_seed(9)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    yield
+
+
+@contextlib.contextmanager
+def doubled(model):
+    model.double()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    yield
+
+
+STATES = {
+    "a hook on all modules": global_hook,
+    "merged": merged,
+    "two active adapters": two_adapters,
+    "disabled": lambda model: model.disable_adapter(),
+    "two dtypes": doubled,
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_a_model_that_is_not_common_computes_as_peft_does(state):
+    fused, plain = pair()
+    with state(fused), state(plain):
+        x = data()[0].to(next(fused.parameters()).dtype)
+        actual, expected = fused(x), plain(x)
+        assert num_fused(actual) == 0
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_a_base_in_bfloat16_under_an_adapter_in_float32_computes_as_peft_does():
+    outputs = []
+    for is_fused in (True, False):
+        model = get_peft_model(small_net().bfloat16(), LoraConfig(target_modules=["0", "1"]))
+        assert not is_fused or fuse_(model) == 2
+        outputs.append(model(data()[0].bfloat16()))
+    assert num_fused(outputs[0]) == 0
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_a_mixed_batch_computes_as_peft_does():
+    fused, plain = (model.eval() for model in pair())
+    names = ["default", "__base__"] * 16
+    actual = fused(data()[0], adapter_names=names)
+    assert num_fused(actual) == 0
+    torch.testing.assert_close(actual, plain(data()[0], adapter_names=names), **EXACT)
+
+
+def test_function_transforms_compute_as_peft_does():
+    fused, plain = pair()
+    x = data()[0]
+    for transform in (torch.func.grad, torch.func.jacrev):
+        actual, expected = (
+            transform(lambda v, model=model: model(v).sum())(x) for model in (fused, plain)
+        )
+        torch.testing.assert_close(actual, expected, **EXACT)
+    actual, expected = (torch.func.vmap(model)(x) for model in (fused, plain))
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # by torch's own rules
+def test_forward_mode_derivatives_are_pefts():
+    x = data()[0]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        actual, expected = (forward_ad.unpack_dual(model(dual)).tangent for model in pair())
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_traced_layer_is_pefts():
+    fused, plain = (first(model).eval().requires_grad_(False) for model in pair())
+    x = data()[0]
+    traced = torch.jit.trace(fused, x)
+    assert "LoraLinear" not in str(traced.graph)
+    torch.testing.assert_close(traced(x + 1), plain(x + 1), **EXACT)
+
+
+def test_an_exported_layer_computes_the_same():
+    layer = first(pair()[0]).eval().requires_grad_(False)
+    x = data()[0]
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x + 1), layer(x + 1), **EXACT)
+
+
+def test_a_nested_tensor_is_left_to_peft():
+    fused, plain = (model.eval() for model in pair())
+    x = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(2, 6)], layout=torch.jagged)
+    torch.testing.assert_close(first(fused)(x).values(), first(plain)(x).values(), **EXACT)
