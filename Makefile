@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 
-.PHONY: setup demo test test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench ci
+.PHONY: setup demo test test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench gpu ci
 
 setup: .venv/dev.stamp
 
@@ -72,5 +72,8 @@ bench: .venv/dev.stamp
 	$(PIP) matplotlib
 	for question in step_cost allocator_cost whole_run shared_input render; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
+
+gpu: .venv/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --seconds 520 --out benchmarks/results/gpu
 
 ci: check test demo
