@@ -71,8 +71,7 @@ def tiny(case: GpuCase) -> GpuCase:
 def base_model(case: GpuCase, device: str) -> nn.Module:
     """The frozen model, made on the device, with random weights."""
     hf.set_seed(0)
-    config = case.shape.config(num_hidden_layers=case.layers, **case.shape.fields)
-    config.use_cache = False
+    config = case.shape.config(num_hidden_layers=case.layers, use_cache=False, **case.shape.fields)
     with torch.device(device):
         model: nn.Module = case.shape.model(config, **case.shape.options)
     return model.to(case.dtype).requires_grad_(False).train()

@@ -36,7 +36,6 @@ from gpu_timing import Clock, synchronize  # noqa: E402
 
 HERE = Path(__file__).parent
 PACKAGES = ("dynlora", "torch", "transformers", "peft", "accelerate", "triton")
-COLUMN = 12
 
 
 @dataclass(frozen=True)
@@ -215,8 +214,8 @@ def provenance(options: argparse.Namespace, device: str) -> dict[str, Any]:
     commit = options.commit
     if commit is None:
         asked = ["git", "rev-parse", "HEAD"]
-        ran = subprocess.run(asked, cwd=HERE, capture_output=True, text=True, check=True)
-        commit = ran.stdout.strip()
+        ran = subprocess.run(asked, cwd=HERE, capture_output=True, text=True, check=False)
+        commit = ran.stdout.strip() or None
     machine = {"processor": platform.processor(), "cores": os.cpu_count(), "device": "cpu"}
     if device == "cuda":
         has = torch.cuda.get_device_properties(0)
