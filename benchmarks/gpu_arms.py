@@ -65,7 +65,9 @@ def tiny(case: GpuCase) -> GpuCase:
     if case.shape in (LLAMA_1B, LLAMA_8B):
         small |= {"num_key_value_heads": 2, "head_dim": 16}
     shape = replace(case.shape, fields=case.shape.fields | small)
-    return replace(case, shape=shape, layers=2, batch=case.batch // 4 + 1, length=16)
+    return replace(
+        case, shape=shape, layers=min(2, case.layers), batch=case.batch // 4 + 1, length=16
+    )
 
 
 def base_model(case: GpuCase, device: str) -> nn.Module:

@@ -91,7 +91,7 @@ def plan(costs: Costs, *, rehearse: bool) -> list[Planned]:
         steps(8, sized("1b", 16, batch=2, autocast=True)),
         steps(12, sized("8b", 16)),
         steps(12, sized("1b", 64, autocast=True)),
-        compiled(75, sized("1b", 16, layers=2, autocast=True)),
+        compiled(75, sized("1b", 16, layers=1 if rehearse else 2, autocast=True)),
         steps(10, sized("roberta", 8, dropout=0.1, autocast=True)),
         steps(8, sized("roberta", 8)),
         share(7, sized("8b", 16)),
