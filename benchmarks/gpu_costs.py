@@ -72,8 +72,9 @@ class Costs:
             return training
 
         torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64  # all arms share the code of their models
-        return self._compare({name: lambda n=name: make(n) for name in COMPILED})
+        # all arms share the code of their models, and each of them is one compilation of it
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return self._compare({name: lambda n=name: make(n) for name in COMPILED})
 
     def rank_0(self, case: GpuCase, *, checkpointing: bool) -> dict[str, Any]:
         """LoRA without some of its modules, from token ids, with and without gradients of embeddings."""
