@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CLEAN_CACHE := rm -rf .import_linter_cache
 LAB_TESTS := lab/tests lab/src
 
-.PHONY: setup demo test test-lab test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench ci
+.PHONY: setup demo test test-lab test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench gpu ci
 
 setup: .venv/dev.stamp
 
@@ -77,5 +77,8 @@ bench: .venv/dev.stamp
 	$(PIP) matplotlib
 	for question in step_cost allocator_cost whole_run shared_input render; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
+
+gpu: .venv/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --seconds 520 --out benchmarks/results/gpu
 
 ci: check test test-lab demo
