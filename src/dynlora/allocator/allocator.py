@@ -21,6 +21,7 @@ from dynlora.allocator.checks import (
 from dynlora.allocator.compaction import compact_, forget_parameters_
 from dynlora.allocator.dem import add_dem_to_gradients_
 from dynlora.allocator.masks import Masks
+from dynlora.allocator.outside_copies import warn_of_outside_copies
 from dynlora.allocator.processes import (
     DdpFinder,
     broadcast_choice,
@@ -134,7 +135,7 @@ class RankAllocator:
         self._copies = AveragedCopies(self.adapter)
         self._masks = Masks([])
         self.optimizer = steppable(optimizer)
-        check_optimizer(self.optimizer, self.modules)
+        check_optimizer(self.optimizer, self.present)
         guard.attach(self)
         self._parameters = [f.parameter for m in self.present for f in m.factors]
         self._adapter.follow_checkpoints()
@@ -238,12 +239,18 @@ class RankAllocator:
         """
         self.check_has_stepped()
         self.check_finite()
-        if not self.is_frozen:
+        if self.cost > self.target_cost:
+            why = (
+                "its weights are of a checkpoint from before the freeze (load_best_model_at_end)"
+                if self.is_frozen
+                else f"training ended after {self.step} of {self.total_steps} steps, before the ranks "
+                f"are frozen at step {self.stop}"
+            )
             warnings.warn(
-                f"Training ended after {self.step} of {self.total_steps} steps, before the ranks are "
-                f"frozen at step {self.stop}: the adapter keeps {self.cost} {self.settings.budget} "
-                f"instead of {self.target_cost}. Call allocator.freeze_() before finalize_() to cut it "
-                "down at once.",
+                f"The adapter keeps {self.cost} {self.settings.budget} instead of {self.target_cost}: "
+                f"{why}. Its function is unchanged. To cut it down, call allocator.freeze_() before "
+                "finalize_(), pass freeze_on_stop=True to DynLoraCallback, or use `dynlora shrink` on "
+                "what is saved.",
                 stacklevel=2,
             )
         self.detach()
@@ -309,6 +316,7 @@ class RankAllocator:
         """Read the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
             return None
+        guard.heard(self)  # now: optimizers chained inside this one step next
         return once_computed(args, kwargs, lambda: self._read_gradients(optimizer))
 
     def _read_gradients(self, optimizer: Any) -> None:
@@ -339,8 +347,6 @@ class RankAllocator:
                 "finalize_() it before going on."
             )
         self.step += 1
-        if self.step == 1:
-            guard.heard(self)
         if not self.is_frozen:
             self.score(self.present, self.step)
             if allocation.is_prune_step(
@@ -399,6 +405,8 @@ class RankAllocator:
     def _freeze(self) -> None:
         self._copies.mask_like_(self.modules)
         self.is_frozen = True
+        if self.settings.compact:
+            warn_of_outside_copies(self.modules, self.optimizer)
         ddp = self._finder.ddp
         can_shrink = self.settings.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
         if not can_shrink or any(m.is_sharded for m in self.modules):

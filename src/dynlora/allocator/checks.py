@@ -88,8 +88,10 @@ def check_optimizer(optimizer: Any, modules: Sequence[LoraComponents]) -> None:
         if not trained <= held:
             raise ValueError(
                 f"optimizer={type(optimizer).__name__} does not hold the adapter parameters of "
-                f"module {module.name!r}. Build it after get_peft_model and after loading adapter "
-                "weights, from [p for p in model.parameters() if p.requires_grad]."
+                f"module {module.name!r}. Build it after get_peft_model, from [p for p in "
+                "model.parameters() if p.requires_grad]. Where several optimizers share the adapter, as "
+                "with Muon, pass one torch.optim.Optimizer that holds all parameters and whose step() "
+                "calls theirs."
             )
 
 

@@ -4,7 +4,7 @@ Parameters stay the same objects and get smaller data, so that lists kept for cl
 optimizers stay right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -29,35 +29,46 @@ def compact_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> 
     Raises:
         CannotShrinkError: an optimizer state has a shape that says nothing about components.
     """
+    optimizers = [] if optimizer is None else with_inner_optimizers(optimizer)
     shrinking = [m for m in modules if not m.is_dropped and not bool(m.live.all())]
-    cuts = [
-        (m, keep, _cut_states(m, keep, optimizer))
-        for m in shrinking
-        if len(keep := m.kept()) < m.rank
+    cuts = [(m, keep) for m in shrinking if len(keep := m.kept()) < m.rank]
+    states = [
+        (one, entry) for one in optimizers for m, keep in cuts for entry in _states(one, m, keep)
     ]
-    gone: list[nn.Parameter] = []
-    for module, keep, states in cuts:
-        gone += module.keep_(keep)
-        for parameter, state in states:
-            optimizer.state[parameter] = state  # type: ignore[union-attr]  # states come from it
-    if optimizer is not None:
-        forget_parameters_(optimizer, gone)
+    gone = [parameter for module, keep in cuts for parameter in module.keep_(keep)]
+    for one, (parameter, state) in states:
+        one.state[parameter] = state
+    for one in optimizers:
+        forget_parameters_(one, gone)
 
 
-def _cut_states(
-    module: LoraComponents, keep: Tensor, optimizer: Optimizer | None
+def _states(
+    optimizer: Optimizer, module: LoraComponents, keep: Tensor
 ) -> list[tuple[nn.Parameter, dict[str, Any]]]:
     """The optimizer's state of each of the module's parameters, for the components that stay."""
-    if optimizer is None or len(keep) == 0:
-        return []
     states = []
-    for factor in module.factors:
+    for factor in module.factors if len(keep) else ():
         parameter = factor.parameter
         if parameter in optimizer.state:
             places = factor.positions(keep.to(parameter.device))
             state = cut_states(optimizer.state[parameter], parameter, places, factor.dim)
             states.append((parameter, state))
     return states
+
+
+def with_inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those that it steps: its attributes, alone or in lists and dicts."""
+    found = [optimizer]
+    for one in found:
+        for value in vars(one).values():
+            held = value.values() if isinstance(value, dict) else value
+            inner = list(held) if isinstance(held, list | tuple | ValuesView) else [held]
+            found += [o for o in inner if isinstance(o, Optimizer) and not _holds(found, o)]
+    return found
+
+
+def _holds(found: Sequence[Optimizer], optimizer: Optimizer) -> bool:
+    return any(one is optimizer for one in found)
 
 
 def forget_parameters_(optimizer: Optimizer, gone: Sequence[nn.Parameter]) -> None:

@@ -50,7 +50,14 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         # a caller of set_peft_model_state_dict may bring trained biases that the config does not name
         stored = check_tensors({k: v for k, v in state_dict.items() if not k.endswith(".bias")})
         check_others(unwrapped(model), config, stored)
-        check_same_modules([m.name for m in find_components(model, adapter_name)], stored)
+        modules = find_components(model, adapter_name)
+        check_same_modules([m.name for m in modules], stored)
+        for (
+            module
+        ) in modules:  # PEFT finds the keys of a file through the layers that the model has
+            shapes = stored.shapes.get(module.name)
+            if module.is_dropped and shapes is not None:
+                resize_(module.layer, adapter_name, shapes[0][0])
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

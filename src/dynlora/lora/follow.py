@@ -78,17 +78,18 @@ class CheckpointFollower:
         self.start = start
         self._handle: Any = unwrapped(model).register_load_state_dict_pre_hook(self)
 
-    def __call__(
-        self, base: nn.Module, state: Mapping[str, Any], prefix: str, *_rest: object
-    ) -> None:
+    def __call__(self, base: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
         """Give each module the rank of its tensors in ``state``; a module without any is dropped."""
         if self.model is None:
             return
         modules = self.start.modules
-        names = {id(m): name for name, m in base.named_modules()}
-        ranks = {m.name: _stored_rank(m, state, prefix + names[id(m.layer)] + ".") for m in modules}
+        names = {id(m): f"{prefix}{name}." for name, m in base.named_modules()}
+        ranks = {m.name: _stored_rank(m, state, names[id(m.layer)]) for m in modules}
         if not any(ranks.values()):
             return  # another part of the model is loaded
+        for module in modules:
+            if module.is_dropped and _name_adapter_(module, state, names[id(module.layer)]):
+                ranks[module.name] = _stored_rank(module, state, names[id(module.layer)])
         for module in modules:
             self._follow(module, ranks[module.name])
         ragged = ragged_config(self.model, self.start.config, modules)
@@ -126,6 +127,23 @@ def _stored_rank(module: LoraComponents, state: Mapping[str, Any], prefix: str) 
         if key in state:
             return int(state[key].shape[dim]) // int(getattr(module.layer, "num_experts", 1))
     return 0
+
+
+def _name_adapter_(module: LoraComponents, state: dict[str, Any], prefix: str) -> bool:
+    """Put the adapter's name into the keys of a dropped module, in place; False where it has none.
+
+    PEFT finds the names for a file's keys through the layers that the model has, and this one is gone.
+    """
+    inner = f"{prefix}base_layer.out_proj."  # of MultiheadAttention
+    renamed = {}
+    for key in state:
+        start = inner if key.startswith(inner) else prefix
+        container, _, attribute = key.removeprefix(start).partition(".")
+        if key.startswith(start) and container.startswith("lora_") and attribute in {"", "weight"}:
+            renamed[key] = ".".join(filter(None, (start + container, module.adapter, attribute)))
+    for key, named in renamed.items():
+        state[named] = state.pop(key)
+    return bool(renamed)
 
 
 @torch.no_grad()
