@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
 
 from dynlora.cli import assets
 from dynlora.cli.look_options import register
+from dynlora.cli.shrink import shrink
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -245,3 +246,4 @@ def demo(
 
 
 register(app)
+app.command()(shrink)
