@@ -131,7 +131,18 @@ class HeldOut:
             kind = transformers.AutoModelForSequenceClassification
             options = _label_options(self._layout)
         model = kind.from_pretrained(self._base, dtype="auto", **options).to(self._device)
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        try:
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(self._wrong_base(folder)) from error
+
+    def _wrong_base(self, what: object) -> str:
+        return (
+            f"model={self._base!r} has no place for {what}: the adapter was trained on another base. Name "
+            "that one."
+        )
 
     def _place_factors(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         """Put factors of singular vectors into the model.
@@ -147,10 +158,7 @@ class HeldOut:
             names = [_in_model(key) for key in (update.a_key, update.b_key)]
             for name, factor in zip(names, factors, strict=True):
                 if name not in found or found[name].shape != factor.shape:
-                    raise ValueError(
-                        f"model={self._base!r} has no place for {name!r} of shape {tuple(factor.shape)}: "
-                        "the adapter was trained on another base. Name that one."
-                    )
+                    raise ValueError(self._wrong_base(f"{name} of shape {tuple(factor.shape)}"))
                 found[name].data.copy_(factor)
             parameters.append(found[names[1]])
             columns.append(found[names[1]].detach().clone())
