@@ -1,7 +1,6 @@
 """A finished LoRA cut by its singular values: every layer kind, every rule, what is written and refused."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -147,9 +146,7 @@ def test_fused_experts_are_cut_by_slots_after_a_rotation_of_each_expert(tmp_path
     old, new = deltas(model), deltas(loaded(net, tmp_path / "out"))
     for name, delta in new.items():
         for expert, best in zip(delta, old[name], strict=True):
-            torch.testing.assert_close(
-                expert.double(), truncated(best, 2), rtol=0, atol=1e-5
-            )
+            torch.testing.assert_close(expert.double(), truncated(best, 2), rtol=0, atol=1e-5)
 
 
 def test_both_halves_of_attention_share_a_rank_and_each_is_its_own_best(tmp_path):

@@ -1,6 +1,8 @@
 """``dynlora shrink`` with held-out texts, and what the command prints."""
 
 import json
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from doc_fences import fences
 from dynlora.cli.main import app
 from dynlora.shrink import held_out, shrink_adapter
 from test_shrink import ALL, net, trained
@@ -205,9 +208,7 @@ def test_another_base_or_another_task_is_refused(language, classifier, tmp_path)
         shrink_adapter(tmp_path / "t5", model=str(language / "base"), energy=0.9)
 
 
-def test_outputs_that_differ_in_peft_are_refused_and_leave_nothing(
-    language, tmp_path, monkeypatch
-):
+def test_outputs_that_differ_in_peft_are_refused_and_leave_nothing(language, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "VERIFY_TOLERANCE", -1.0)
     monkeypatch.setattr(torch, "finfo", lambda _: type("Info", (), {"eps": 0.0}))
     with pytest.raises(RuntimeError, match="loaded with PEFT, outputs differ"):
@@ -259,7 +260,23 @@ def test_the_command_prints_loss_against_size_in_80_columns(language, tmp_path):
     assert "loss" in ran.stdout
 
 
-def test_a_mistake_is_one_line_and_exit_code_2_and_a_failed_check_1(language, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_commands_of_the_page_run_as_printed(classifier, tmp_path, monkeypatch):
+    shutil.copytree(classifier / "base", tmp_path / "BASE")
+    shutil.copytree(classifier / "lora", tmp_path / "out")
+    shutil.copy(classifier / "numbered.csv", tmp_path / "val.csv")
+    monkeypatch.chdir(tmp_path)
+    for fence in fences("docs/shrink.md", "bash"):
+        for line in fence.text.splitlines():
+            words = shlex.split(line, comments=True)
+            ran = invoke(*words[1:])
+            assert ran.exit_code == 0, (line, ran.stderr)
+            assert "--out" not in words or (tmp_path / words[-1] / "adapter_config.json").is_file()
+
+
+def test_a_mistake_is_one_line_and_exit_code_2_and_a_failed_check_1(
+    language, tmp_path, monkeypatch
+):
     ran = invoke("shrink", tmp_path, "--energy", "0.9")
     assert ran.exit_code == 2
     assert ran.stderr.startswith("dynlora: ")

@@ -74,7 +74,7 @@ def _bisect(count: int, is_within: Callable[[int], bool]) -> int:
     """The smallest number found for which ``is_within`` holds; it is taken to hold for ``count``.
 
     >>> _bisect(1000, lambda n: n >= 300)
-    301
+    300
     """
     low, high = 0, count
     for _ in range(EVALUATIONS):
