@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     set_seed,
 )
 from typer.testing import CliRunner
@@ -155,6 +157,34 @@ def test_sensitivity_is_what_a_finite_difference_of_sigma_says(language):
         held._columns[place].copy_(columns)
         slope = abs(losses[0] - losses[1]) / (2 * step)
         assert float(found[place][0]) / tokens == pytest.approx(slope, rel=0.02, abs=1e-5)
+
+
+def test_fused_experts_of_a_real_model_are_measured_and_load_in_peft(language, tmp_path):
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MixtralConfig(
+        vocab_size=len(SPECIAL + WORDS), num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, num_experts_per_tok=2, **sizes,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = trained(
+        base, tmp_path / "lora",
+        target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    done = shrink_adapter(
+        tmp_path / "lora", tmp_path / "out",
+        model=str(tmp_path / "base"), data=language / "val.jsonl", tolerance=0.05,
+    )  # fmt: skip
+    assert sum("experts" in name for name in done.ranks) == 4
+    assert done.before.loss == pytest.approx(loss_of(model), rel=1e-4)
+    assert done.output_difference < 1e-4
+    assert done.after.num_bytes < done.before.num_bytes
 
 
 def test_a_classifier_is_measured_with_its_head_and_labels(classifier, tmp_path):

@@ -74,8 +74,9 @@ class HeldOut:
         return mean
 
     def sensitivity(self) -> list[Tensor]:
-        """|σ · ∂L/∂σ| of each triplet, the mean over batches, from one backward pass over the data.
+        """|σ · ∂L/∂σ| of each triplet, summed over batches, from one backward pass over the data.
 
+        L is a batch's loss, not divided by its tokens or texts.
         By the chain rule it is ⟨bᵢ, ∂L/∂bᵢ⟩, whatever part of σᵢ is in bᵢ.
         """
         self._keep(everything(self._layout.spectra))

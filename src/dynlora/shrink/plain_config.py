@@ -113,6 +113,8 @@ def _target_fields(adapter: Adapter, dead: list[str], alive: list[str]) -> dict[
     modules = [name for name in alive if name not in bare]
     targets, excluded = adapter.stored.get("target_modules"), adapter.stored.get("exclude_modules")
     every_layer = {"layers_to_transform": None, "layers_pattern": None}
+    if not modules:  # bare parameters only; None would let PEFT pick modules by the architecture
+        return {"target_modules": [], "exclude_modules": None, **every_layer}
     candidates: list[dict[str, Any]] = []
     if not isinstance(excluded, str):
         candidates.append({"exclude_modules": sorted({*(excluded or ()), *dead})})
