@@ -9,12 +9,14 @@ from torch.optim import Optimizer
 
 from dynlora import allocation
 from dynlora.allocator import guard
+from dynlora.allocator.auto import BudgetSearch, Choice, Evaluate
 from dynlora.allocator.averaged_copies import AveragedCopies
 from dynlora.allocator.checks import (
     FiniteGuard,
     check_optimizer,
     check_target,
     check_weights,
+    known_evaluate,
     known_total_steps,
     reading_is_free,
 )
@@ -49,6 +51,7 @@ from dynlora.errors import CannotShrinkError
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
 from dynlora.lora.follow import AdapterStart
+from dynlora.lora.rotation import rotate_
 
 
 class RankAllocator:
@@ -64,6 +67,8 @@ class RankAllocator:
         adapter: which adapter; may be left out if only one is trainable.
         score: instead of an importance by name: a function that writes scores into ``ema`` of each
             module after every step until the freeze.
+        evaluate: with ``target_r="auto"``: a function that returns the held-out loss of the model as it
+            is, called some twenty times at the freeze. On several processes each returns its own share's.
         preset: ``paper`` for the paper's values of the settings that are not given.
         start: the adapter as it was when the run began, where the model has taken the ranks of a
             checkpoint since; DynLoraCallback passes it.
@@ -94,6 +99,7 @@ class RankAllocator:
         total_steps: int | None = None,
         adapter: str | None = None,
         score: Score | None = None,
+        evaluate: Evaluate | None = None,
         preset: str | None = None,
         start: AdapterStart | None = None,
         **settings: Any,
@@ -122,9 +128,8 @@ class RankAllocator:
         self.total_cost = sum(
             cost * rank for cost, rank in zip(self._costs, self._begun.ranks.values(), strict=True)
         )
-        self.target_cost = allocation.target_cost(
-            self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
-        )
+        self.evaluate = known_evaluate(self.settings, evaluate, self.modules)
+        self.target_cost = self._known_target()
         self._floors = [max(self.settings.min_r, not m.can_drop) for m in self.modules]
         needed = sum(f * c for f, c in zip(self._floors, self._costs, strict=True))
         check_target(self.settings, self.target_cost, self.total_cost, needed, self.modules)
@@ -179,6 +184,13 @@ class RankAllocator:
             return [1] * len(self.modules)
         return [max(1, size) for size in self._begun.sizes.values()]
 
+    def _known_target(self) -> int:
+        if self.settings.target_r == "auto":
+            return self.total_cost  # until the freeze
+        return allocation.target_cost(
+            self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
+        )
+
     def plan(self) -> dict[str, Any]:
         """The run as it is meant to go, for its record; plain numbers.
 
@@ -189,6 +201,8 @@ class RankAllocator:
             target_cost.
         """
         events = allocation.prune_plan(**self._equation(), interval=self.settings.prune_interval)
+        if self.settings.is_auto:
+            events = [(self.stop, self.target_cost)]
         return {
             "total_steps": self.total_steps,
             "importance": self.score.name,
@@ -294,6 +308,8 @@ class RankAllocator:
             ValueError: the state is damaged, another version's or another plan's, or the model's
                 adapter was not restored.
         """
+        if self.settings.is_auto and isinstance(state.get("target_cost"), int):
+            self.target_cost = state["target_cost"]  # found at the freeze, or still the whole
         check_state(state, self._contract())
         restore_scores_(state, self.modules)
         self.step, self.is_frozen = state["step"], state["is_frozen"]
@@ -349,23 +365,27 @@ class RankAllocator:
         self.step += 1
         if not self.is_frozen:
             self.score(self.present, self.step)
-            if allocation.is_prune_step(
-                self.step,
-                start=self.start,
-                stop=self.stop,
-                interval=self.settings.prune_interval,
-            ):
+            if self._is_prune_step():
                 self._prune()
         if self.step == self.stop:
             self._freeze()
         elif self.is_frozen or not self.settings.revival:
             self._masks.apply_()
 
+    def _is_prune_step(self) -> bool:
+        if self.settings.is_auto:
+            return self.step == self.stop
+        return allocation.is_prune_step(
+            self.step, start=self.start, stop=self.stop, interval=self.settings.prune_interval
+        )
+
     def _prune(self) -> None:
         """Keep the components with the most score per cost in the whole model; the others become 0."""
         self._guard.read(step=self.step)
         self.score.check(self.present, self.step)
-        scores = _gathered([m.ema.float() for m in self.modules])
+        choice = self._search() if self.settings.is_auto else None
+        smoothed = _gathered([m.ema.float() for m in self.modules])
+        scores = smoothed if choice is None else choice.scores
         before = _gathered([m.live for m in self.modules])
         if not self.settings.revival:
             scores[~before] = -1.0
@@ -381,11 +401,23 @@ class RankAllocator:
             module.live.copy_(live)
         self._masks = Masks(self.modules)
         self._masks.apply_()
-        self.history.append(
-            prune_event(
-                self.modules, scores, before, keep, step=self.step, cost=int(costs[keep].sum())
-            )
+        cost = int(costs[keep].sum())
+        event = prune_event(self.modules, scores, before, keep, step=self.step, cost=cost)
+        self.history.append(event if choice is None else {**event, "auto": choice.record()})
+
+    def _search(self) -> Choice:
+        """Find the budget by held-out loss, and turn the components if their energy decides."""
+        assert self.evaluate is not None  # noqa: S101  # known_evaluate has seen to it
+        tolerance = self.settings.tolerance
+        search = BudgetSearch(
+            self.modules, self._costs, self._floors, self.evaluate, tolerance=tolerance
         )
+        choice = search.search()
+        self.target_cost = choice.curve.budget
+        if choice.order == "energy":
+            for module in self.modules:
+                rotate_(module, self.optimizer)
+        return choice
 
     @torch.no_grad()
     def freeze_(self) -> None:
@@ -434,6 +466,6 @@ class RankAllocator:
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:
-    """One tensor of all of them, where the modules of a model may lie on several devices."""
+    """One tensor of all of them on the CPU; the modules of a model may lie on several devices."""
     devices = {t.device for t in tensors}
-    return torch.cat(tensors if len(devices) == 1 else [t.cpu() for t in tensors])
+    return torch.cat(tensors if len(devices) == 1 else [t.cpu() for t in tensors]).cpu()

@@ -4,7 +4,7 @@ NaN and infinity are reported where they arise, by module, and no rank is ever d
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,29 @@ def known_total_steps(settings: Settings, total_steps: int | None) -> int:
             "holds. Leave it out of the config to follow the trainer."
         )
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
+
+
+def known_evaluate(
+    settings: Settings, evaluate: Callable[[], float] | None, modules: Sequence[LoraComponents]
+) -> Callable[[], float] | None:
+    """The function that ``target_r="auto"`` asks, None where nobody asks.
+
+    Raises:
+        ValueError: it is missing, or the adapter is sharded over several processes.
+    """
+    if not settings.is_auto:
+        return None
+    if any(m.is_sharded for m in modules):
+        raise ValueError(
+            "target_r='auto' tries smaller adapters in place, which one process cannot do to a model that "
+            "FSDP or ZeRO shards. Set target_r to a number, or use DDP."
+        )
+    if evaluate is None:
+        raise ValueError(
+            "target_r='auto' needs a held-out loss. Give the Trainer an eval_dataset, or pass "
+            "evaluate=..., a function that returns the held-out loss of the model."
+        )
+    return evaluate
 
 
 def check_target(
