@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora.allocator.optimizer_state import cut_states
+from dynlora.errors import CannotShrinkError
 from dynlora.lora.components import LoraComponents
 
 
@@ -46,6 +47,13 @@ def _states(
     optimizer: Optimizer, module: LoraComponents, keep: Tensor
 ) -> list[tuple[nn.Parameter, dict[str, Any]]]:
     """The optimizer's state of each of the module's parameters, for the components that stay."""
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor) and value:
+            raise CannotShrinkError(
+                f"optimizer {type(optimizer).__name__} keeps its state under names of its own, such as "
+                f"{key!r}, where the parts of components cannot be found. Set compact=False to keep all "
+                "shapes until the end."
+            )
     states = []
     for factor in module.factors if len(keep) else ():
         parameter = factor.parameter
@@ -72,10 +80,13 @@ def _holds(found: Sequence[Optimizer], optimizer: Optimizer) -> bool:
 
 
 def forget_parameters_(optimizer: Optimizer, gone: Sequence[nn.Parameter]) -> None:
-    """Take parameters out of an optimizer, with their state."""
+    """Take parameters out of an optimizer, with their state and what a group lists beside them."""
     left = {id(p) for p in gone}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in left]
+    for group in optimizer.param_groups if gone else ():
+        stays = [id(p) not in left for p in group["params"]]
+        for key, value in group.items():
+            if isinstance(value, list) and len(value) == len(stays):
+                group[key] = [one for one, is_kept in zip(value, stays, strict=True) if is_kept]
     for parameter in gone:
         parameter.grad = None
         optimizer.state.pop(parameter, None)
