@@ -151,14 +151,17 @@ class LoraComponents:
 
     @property
     def probes(self) -> list[Factor]:
-        """The tensors whose product with their gradient is the sensitivity: B of each pair."""
-        return [b for _, b in self.pairs]
+        """The tensors whose product with their gradient is the sensitivity: B, or A where B is frozen.
+
+        Both products are the same number. MiCA freezes B, LoRA-FA A.
+        """
+        return [a if _only_a_is_trained(a, b) else b for a, b in self.pairs]
 
     @property
     def switches(self) -> list[Factor]:
-        """The tensors that are 0 where a component is pruned: those that LoRA starts at 0."""
+        """The tensors that are 0 where a component is pruned: those that start at 0."""
         is_embedding = isinstance(self.layer, lora.Embedding)
-        return [a if is_embedding else b for a, b in self.pairs]
+        return [a if is_embedding or _only_a_is_trained(a, b) else b for a, b in self.pairs]
 
     @property
     def gate(self) -> Tensor | None:
@@ -296,6 +299,10 @@ def note_layer_rank_(layer: Any, adapter: str, rank: int) -> None:
         for size in sizes:
             if hasattr(part, size):
                 setattr(part, size, stored)
+
+
+def _only_a_is_trained(a: Factor, b: Factor) -> bool:
+    return a.parameter.requires_grad and not b.parameter.requires_grad
 
 
 def _pair(layer: Any, adapter: str) -> tuple[Factor, Factor]:
