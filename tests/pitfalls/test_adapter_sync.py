@@ -1,15 +1,22 @@
 """A server that is handed the adapter alone while it is trained, as TRL's asynchronous GRPO does."""
 
+import importlib
+
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from trl.experimental.async_grpo import async_grpo_trainer as trl_sync
 
 from consumers import config_of, pairs, vllm
 from lora_runs import R, adapted, base, logits, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def trl_sync():
+    """TRL's functions for it; importing them warns that they are experimental."""
+    return importlib.import_module("trl.experimental.async_grpo.async_grpo_trainer")
 
 
 class Server:
@@ -28,7 +35,7 @@ class Server:
         self.updates.append(vllm(folder))
 
 
-def test_the_adapter_can_be_handed_over_after_every_step(tmp_path):
+def test_the_adapter_can_be_handed_over_after_every_step(tmp_path, trl_sync):
     model, accelerator = adapted(), Accelerator(cpu=True)
     server = Server(trl_sync.round_lora_rank(R))
     sizes = []
