@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynlora import allocation
+from dynlora._private import can_rebuild, is_inner_step, rebuild_reducer_
 from dynlora.allocator import guard
 from dynlora.allocator.auto import BudgetSearch, Choice, Evaluate
 from dynlora.allocator.averaged_copies import AveragedCopies
@@ -24,13 +25,7 @@ from dynlora.allocator.compaction import compact_, forget_parameters_
 from dynlora.allocator.dem import add_dem_to_gradients_
 from dynlora.allocator.masks import Masks
 from dynlora.allocator.outside_copies import warn_of_outside_copies
-from dynlora.allocator.processes import (
-    DdpFinder,
-    broadcast_choice,
-    can_rebuild,
-    rebuild_reducer_,
-    world_size,
-)
+from dynlora.allocator.processes import DdpFinder, broadcast_choice, world_size
 from dynlora.allocator.record import prune_event
 from dynlora.allocator.resume import (
     KEPT_SETTINGS,
@@ -40,13 +35,7 @@ from dynlora.allocator.resume import (
     saved_scores,
 )
 from dynlora.allocator.scores import Score, scorer
-from dynlora.allocator.step_hooks import (
-    attach,
-    is_inner_step,
-    loss_scale,
-    once_computed,
-    steppable,
-)
+from dynlora.allocator.step_hooks import attach, loss_scale, once_computed, steppable
 from dynlora.errors import CannotShrinkError
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents

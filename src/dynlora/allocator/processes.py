@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dynlora._private import active_ddp
+
 
 def world_size() -> int:
     """Number of processes that train together, 1 without torch.distributed."""
@@ -78,35 +80,9 @@ class DdpFinder:
 
     def _look(self, _module: nn.Module, _args: Any) -> None:
         if self.ddp is None:
-            self.ddp = DistributedDataParallel._get_active_ddp_module()
+            self.ddp = active_ddp()
 
     def forget(self) -> None:
         """Take the hook off the model."""
         if self._handle is not None:
             self._handle.remove()
-
-
-def can_rebuild(ddp: DistributedDataParallel) -> bool:
-    """Whether the reducer can be built anew: not with communication hooks or delayed reduction."""
-    return bool(
-        hasattr(ddp, "reducer")
-        and not ddp._comm_hooks
-        and not ddp._delay_all_reduce_params
-        and ddp.mixed_precision is None
-    )
-
-
-def rebuild_reducer_(ddp: DistributedDataParallel) -> None:
-    """Let DDP reduce the gradients of the model's present parameters, in place.
-
-    The old reducer's hooks hang on the parameters that were swapped out. Call it between two steps, on
-    every process; settings of the wrapper stay.
-    """
-    ddp._module_parameters = [
-        p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore
-    ]
-    del ddp.reducer  # takes its hooks off before new ones are made
-    parameters, expect_sparse = ddp._build_params_for_reducer()
-    names = ddp._build_debug_param_to_name_mapping(parameters)
-    ddp._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)
-    ddp._has_rebuilt_buckets = False

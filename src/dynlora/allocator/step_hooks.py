@@ -1,8 +1,6 @@
 """Being told of every optimizer step, once, whatever optimizer it is."""
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -69,22 +67,6 @@ class _WrappedStep:
         self.optimizer.__dict__.pop("step", None)
 
 
-def is_inner_step(optimizer: Optimizer) -> bool:
-    """Whether the calling hook belongs to an inner ``step`` of one and the same optimizer step.
-
-    torch wraps the ``step`` of every optimizer class. Where a subclass calls ``super().step()``, its
-    hooks fire for both wrappers, but only the outer one is a step of the run. A counter would stay
-    wrong after an exception inside ``step``; the call stack never is.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    wrappers = 0
-    while frame is not None and wrappers < 2:
-        if frame.f_code.co_name == "wrapper" and frame.f_globals["__name__"] == _TORCH_OPTIMIZER:
-            wrappers += frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return wrappers == 2
-
-
 def once_computed(args: Any, kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
     """Do ``action`` when the gradients of the coming step are there: now, or after its closure.
 
@@ -121,6 +103,3 @@ def loss_scale(optimizer: Any) -> Tensor | float | None:
         scale = float(optimizer.loss_scale)
         return None if scale == 1 else scale
     return scale
-
-
-_TORCH_OPTIMIZER = Optimizer.__module__

@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
+from dynlora._private import calling_self
 from dynlora.allocation import settings_from
 from dynlora.allocation.settings import is_integer
 from dynlora.allocator import RankAllocator
 from dynlora.allocator.record import memory_bytes
 from dynlora.allocator.scores import Score
 from dynlora.callback.held_out import known_evaluate
-from dynlora.callback.live_logs import LiveLogs, RankImage, calling_handler, stand_first
+from dynlora.callback.live_logs import LiveLogs, RankImage, stand_first
 from dynlora.history import HistoryFile
 from dynlora.lora.components import configs_of, is_lora
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
@@ -175,7 +176,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._is_complete = state.global_step >= state.max_steps
         if self._is_complete:
             self.allocator.detach()
-        stand_first(LiveLogs(self.allocator, self.rank_image), calling_handler())
+        stand_first(LiveLogs(self.allocator, self.rank_image), calling_self(CallbackHandler))
         self._open_history(args, state)
 
     def on_pre_optimizer_step(

@@ -1,26 +1,13 @@
 """The held-out loss of a Trainer's model, for ``target_r="auto"``."""
 
 import itertools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-
-def calling_trainer() -> Trainer | None:
-    """The Trainer whose callback handler has just called a callback's method, seen from that method.
-
-    Trainer gives callbacks no way to it.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]  # None above the first
-    return None
+from dynlora._private import calling_self, prepared_inputs
 
 
 def held_out_loss(trainer: Trainer, batches: int) -> Callable[[], float]:
@@ -60,7 +47,7 @@ def held_out_loss(trainer: Trainer, batches: int) -> Callable[[], float]:
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             for inputs in itertools.islice(loader, batches):
-                prepared = trainer._prepare_inputs(inputs)
+                prepared = prepared_inputs(trainer, inputs)
                 with trainer.compute_loss_context_manager():
                     losses.append(trainer.compute_loss(model, prepared).float())
         model.train(was_training)
@@ -77,5 +64,5 @@ def known_evaluate(
     """The held-out loss to use: the user's function, the Trainer's, or None where nobody asks."""
     if settings.get("target_r") != "auto" or given is not None:
         return given
-    trainer = calling_trainer()
+    trainer = calling_self(Trainer)
     return None if trainer is None else held_out_loss(trainer, batches)

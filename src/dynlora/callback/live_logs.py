@@ -1,6 +1,5 @@
 """Ranks while they form, as numbers in the logs of Trainer: TensorBoard, W&B and trackio show them."""
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,12 +85,3 @@ def stand_first(live: LiveLogs, handler: CallbackHandler | None) -> None:
     live.handler = handler
     if handler is not None:  # a new list: the handler may be going through the old one
         handler.callbacks = [live, *(c for c in handler.callbacks if not isinstance(c, LiveLogs))]
-
-
-def calling_handler() -> CallbackHandler | None:
-    """The Trainer's callback handler, seen from a callback's method that it has just called.
-
-    Trainer gives callbacks no way to it, and its reporters come first by construction.
-    """
-    owner = sys._getframe(2).f_locals.get("self")
-    return owner if isinstance(owner, CallbackHandler) else None

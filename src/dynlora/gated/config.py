@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
-from peft.utils.peft_types import PeftType
 
+from dynlora._private import extended_peft_type
 from dynlora.allocation import PAPER, Settings
 from dynlora.allocation.settings import is_integer, is_number
 from dynlora.gated.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
@@ -49,26 +49,7 @@ _REFUSED = {
 }
 
 
-def _extended_peft_type(name: str) -> PeftType:
-    """Member ``name`` of PeftType, added in memory if this PEFT does not know it.
-
-    PEFT has no plug-in registry, and its mappings, transformers and hot-swapping all expect a real
-    member with ``.value``. The enum metaclass refuses ``setattr``, hence ``type.__setattr__``.
-    """
-    if name in PeftType._value2member_map_:
-        return PeftType(name)
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    return member
-
-
-DYNLORA = _extended_peft_type("DYNLORA")
+DYNLORA = extended_peft_type("DYNLORA")
 
 
 _SettingsFields: Any = dataclasses.make_dataclass(

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
+from dynlora._private import BufferDict
 from dynlora.lora.components import Factor, LoraComponents, note_layer_rank_, replace_data_
 
 OUT_PROJECTION = ".base_layer.out_proj"

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from dynlora._private import ConvNd
 from dynlora.gated.adapter import with_one_component
 from dynlora.gated.adapter_file import check_tensors
 from dynlora.gated.base_match import check_against_base, check_others, check_same_modules
@@ -133,7 +133,7 @@ def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
     fused = [
         f"{name}.{parameter}"
         for name, module in modules.items()
-        if not isinstance(module, _ConvNd | BaseTunerLayer)
+        if not isinstance(module, ConvNd | BaseTunerLayer)
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3
     ]

@@ -4,8 +4,8 @@ from typing import Any
 
 from peft import LoraConfig
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from dynlora._private import ConvNd
 from dynlora.allocation import Settings, settings_from
 from dynlora.lora.configs import ragged_config, rewrites_base, swap_config_
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
@@ -57,7 +57,7 @@ class LoraAdapter:
                 )
         for module in self.start.modules:
             base = module.layer.get_base_layer()
-            if isinstance(base, _ConvNd) and base.groups > 1:
+            if isinstance(base, ConvNd) and base.groups > 1:
                 raise ValueError(
                     f"module {module.name!r} is a convolution with groups={base.groups}: its components do "
                     "not reach all outputs and cannot be removed one by one. Name it in exclude_modules."

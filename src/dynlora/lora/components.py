@@ -20,6 +20,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from dynlora._private import uncompiled, without_active_adapter
 from dynlora.lora.sharding import full_shape, is_sharded, refuse_fsdp1
 from dynlora.lora.zero import unwrap_engine
 
@@ -256,10 +257,8 @@ class LoraComponents:
         """
         gone = [factor.parameter for factor in self.factors]
         for layer in self.layers:
-            active = layer._active_adapter
-            layer._active_adapter = []
-            layer.delete_adapter(self.adapter)
-            layer._active_adapter = active
+            with without_active_adapter(layer):
+                layer.delete_adapter(self.adapter)
         self.ema, self.live = self.ema[:0], self.live[:0]
         return gone
 
@@ -374,9 +373,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.model
         elif isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif (inner := unwrap_engine(model)) is not model:
+        elif (inner := unwrap_engine(uncompiled(model))) is not model:
             model = inner
         elif (holder := _adapted_inside(model)) is not None:
             model = holder
