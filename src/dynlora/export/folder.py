@@ -7,12 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynlora.export.source import CONFIG_FILE, WEIGHTS_FILE
+from dynlora.adapter_files.format import CONFIG_FILE, WEIGHTS_FILE
 
 _EVERYWHERE = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules",
@@ -55,21 +56,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """A PEFT adapter folder: config and weights."""
-    with whole_folder(folder) as temporary:
-        save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(str(temporary))
-        _trim_config(temporary / CONFIG_FILE)
+def write_adapter(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A PEFT adapter folder: config and weights.
 
-
-def _trim_config(path: Path) -> None:
-    """Leave out fields that newer PEFTs added and that say nothing: older ones warn about them."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    defaults = LoraConfig().to_dict() | {"peft_version": stored.get("peft_version")}
+    Config fields that newer PEFTs added and that say nothing are left out: older ones warn about them.
+    """
+    defaults = LoraConfig().to_dict()
     kept = {
-        name: value
-        for name, value in stored.items()
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in fields.items()
         if name in _EVERYWHERE or value != defaults.get(name)
     }
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    kept.pop("peft_version", None)
+    with whole_folder(folder) as temporary:
+        save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(kept, indent=2, sort_keys=True, default=str) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from dynlora.adapter_files.format import OUT_PROJECTION, PREFIX, factor_key
 from dynlora.allocator.processes import is_first_process
 from dynlora.export.folder import checked_folder, write_adapter
-from dynlora.export.source import PREFIX
 from dynlora.gated.adapter import plain_config
 from dynlora.gated.config import DynLoraConfig
 from dynlora.gated.fold import fold_all
-from dynlora.gated.layer import OUT_PROJECTION, GatedComponents
+from dynlora.gated.layer import GatedComponents
 from dynlora.lora.components import (
     Factor,
     LoraComponents,
@@ -51,7 +51,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | N
     folder = checked_folder(path)
     config, tensors = plain_lora(model, adapter)
     if is_first_process():
-        write_adapter(folder, config, tensors)
+        write_adapter(folder, config.to_dict(), tensors)
     return folder
 
 
@@ -93,9 +93,8 @@ def _folded(
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}
     embeddings = {m.name for m in layers if hasattr(m.layer, "lora_c")}
     for name in (n for n, r in ranks.items() if r):
-        keys = ("embedding_A", "embedding_B") if name in embeddings else ("A.weight", "B.weight")
-        for key, factor in zip(keys, folded[name], strict=True):
-            tensors[f"{PREFIX}{name}.lora_{key}"] = factor
+        for part, factor in zip("AB", folded[name], strict=True):
+            tensors[factor_key(name, part, is_embedding=name in embeddings)] = factor
     return config, tensors
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args, get_type_hints
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
+from dynlora.adapter_files.folder import read_config
+from dynlora.adapter_files.format import CONFIG_FILE
 from dynlora.allocation import PAPER, Budget, Importance, Settings
 from dynlora.allocation.settings import is_integer, is_number
-from dynlora.gated.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
+from dynlora.gated.adapter_file import check_fields, read_folder
 
 _EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
 
@@ -159,7 +161,7 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         stored = None
-        if (folder / CONFIG_NAME).is_file():
+        if (folder / CONFIG_FILE).is_file():
             check_fields(read_config(folder), get_type_hints(cls))
             stored = read_folder(folder)
         config: DynLoraConfig = super().from_pretrained(
