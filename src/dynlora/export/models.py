@@ -119,7 +119,7 @@ def zero_updates(adapter: Adapter, base: str | None, class_name: str | None) -> 
     dtype = adapter.updates[0].a.dtype
     updates = {}
     for name, parts in found.items():
-        a, b = (torch.empty(parts[p].shape, dtype=dtype) for p in ("A", "B"))
+        a, b = (torch.zeros(tuple(parts[p].shape), dtype=dtype) for p in ("A", "B"))
         updates[name] = Update(name, a, b, 1.0, name in embeddings).taken(torch.arange(0))
     return updates
 

@@ -73,8 +73,9 @@ def plain_lora(
     else:
         config, tensors = _without_zeros(model, trained, modules, tensors)
     config.inference_mode = True
-    return config, {
-        key: full_tensor(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()
+    return config, {  # copies: PEFT names one bias twice with bias="all", and files hold no aliases
+        key: full_tensor(tensor).detach().cpu().contiguous().clone()
+        for key, tensor in tensors.items()
     }
 
 
