@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from stock_runs import run, stock
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
 from dynlora import export_lora, finalize_
-from stock_runs import run, stock
+from dynlora.adapter_files.updates import read
 from tiny_models import VOCABULARY, adapted, layer_kinds, logits, tiny_bert, tiny_llama, train
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -41,6 +42,8 @@ def test_in_training_and_after_the_freeze_pruned_components_are_left_out(tmp_pat
     loaded = reloaded(tiny_llama, tmp_path / "out")
     torch.testing.assert_close(logits(loaded), expected, **CLOSE)
     torch.testing.assert_close(logits(model), expected, **CLOSE)  # the model is as it was
+    pruned = {n for n, r in allocator.ranks().items() if r == 0}
+    assert set(read(tmp_path / "out").pruned) == pruned
     config = loaded.peft_config["default"]
     assert type(config) is LoraConfig
     layers = {n: m for n, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_A")}
@@ -103,9 +106,7 @@ def test_of_several_adapters_the_named_one_is_written(tmp_path):
         model.set_adapter(name)
         expected = logits(model)
         export_lora(model, tmp_path / name, name)
-        torch.testing.assert_close(
-            logits(reloaded(tiny_llama, tmp_path / name)), expected, **CLOSE
-        )
+        torch.testing.assert_close(logits(reloaded(tiny_llama, tmp_path / name)), expected, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 13 LoRA tensor")  # PEFT of its own lora_bias
@@ -115,9 +116,7 @@ def test_trained_heads_and_biases_come_along(tmp_path, fields):
     run(model)
     expected = logits(model)
     export_lora(model, tmp_path / "out")
-    torch.testing.assert_close(
-        logits(reloaded(tiny_bert, tmp_path / "out")), expected, **CLOSE
-    )
+    torch.testing.assert_close(logits(reloaded(tiny_bert, tmp_path / "out")), expected, **CLOSE)
     assert any("classifier" in key for key in load_file(tmp_path / "out/adapter_model.safetensors"))
 
 
@@ -158,6 +157,4 @@ def test_a_model_adapted_through_transformers_is_exported(tmp_path):
     model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
     expected = logits(model)
     export_lora(model, tmp_path / "out")
-    torch.testing.assert_close(
-        logits(reloaded(tiny_llama, tmp_path / "out")), expected, **CLOSE
-    )
+    torch.testing.assert_close(logits(reloaded(tiny_llama, tmp_path / "out")), expected, **CLOSE)

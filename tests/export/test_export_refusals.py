@@ -1,23 +1,15 @@
-"""Exports at their edges: damaged sources, bases that do not fit, models that cannot be compared."""
+"""Exports at their edges: damaged sources, tensors that are not understood, wrong options."""
 
 import json
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import ViTConfig, ViTModel
 
 from dynlora.export import export_adapter
-from dynlora.export.merged import add_update
-from small_net import data, small_net
-from tiny_models import adapted, logits, tiny_bert, tiny_llama, tiny_t5, train
+from dynlora.export.models import outputs
+from tiny_models import adapted, logits, tiny_llama, tiny_t5, train
 
 WEIGHTS = "adapter_model.safetensors"
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB")
@@ -31,15 +23,27 @@ def plain(tmp_path):
     return tmp_path / "in"
 
 
+def changed(folder, change):
+    """The folder with other tensors."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file({k: v.clone() for k, v in tensors.items()}, folder / WEIGHTS)
+    return folder
+
+
+def configured(folder, **fields):
+    """The folder with other fields in its config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return folder
+
+
 def refused(source, error, message, **options):
     """The export fails with this message and leaves nothing."""
     target = source.parent / "out"
     with pytest.raises(error, match=message):
         export_adapter(source, target, **options)
     assert not target.exists()
-
-
-# -- sources -----------------------------------------------------------------------------------
 
 
 def test_a_pickle_is_not_read(plain):
@@ -50,24 +54,42 @@ def test_a_pickle_is_not_read(plain):
 def test_a_file_that_was_cut_off_is_named(plain):
     whole = (plain / WEIGHTS).read_bytes()
     (plain / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    refused(plain, ValueError, f"{WEIGHTS} is no whole safetensors file: ")
+    refused(plain, ValueError, f"{WEIGHTS} is not a whole safetensors file")
 
 
-def test_a_module_without_one_of_its_factors_is_named(plain):
-    tensors = load_file(plain / WEIGHTS)
-    del tensors[B]
-    save_file(tensors, plain / WEIGHTS)
-    refused(plain, ValueError, "'model.layers.0.self_attn.q_proj' has only a part of its factors")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(B), r"'model.layers.0.self_attn.q_proj' has no lora_B; the file is incom"),
+        (lambda t: t.update({A: t[A][:1]}), r"has A of shape \(1, 16\) and B of shape \(16, 2\)"),
+        (lambda t: t.update({A: t[A] / 0}), "lora|A of module .* holds NaN or infinity"),
+        (lambda t: t.update({A: t[A][:1], B: t[B][:, :1]}), "has rank 1, but adapter_config.json says 2"),
+        (lambda t: t.update({B.replace("B.weight", "magnitude_vector"): t[A]}), "neither a factor of a"),
+        (lambda t: t.update({"base_model.model.head.lookup": t[A]}), "'.*head.lookup', which is neither"),
+        (lambda t: [t[k].zero_() for k in t], "every component is 0, so the adapter equals its base"),
+        (lambda t: [t.pop(k) for k in list(t)], "holds no lora_A and lora_B"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_refused_and_never_dropped(plain, change, message):
+    changed(plain, change)
+    for form in ("ragged", "uniform"):
+        refused(plain, ValueError, message, to=form)
 
 
-def test_factors_of_two_ranks_are_a_damaged_file(plain):
-    tensors = load_file(plain / WEIGHTS)
-    tensors[A] = tensors[A][:1].clone()
-    save_file(tensors, plain / WEIGHTS)
-    refused(plain, ValueError, r"has factors of rank 1 and 2; the file is damaged")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "LOHA"}, "an adapter of method LOHA; only LoRA and DynLora"),
+        ({"use_dora": True}, "trained with use_dora, which changes what its factors mean"),
+        ({"init_lora_weights": "pissa"}, "PEFT changes the base's weights at each load"),
+    ],
+    ids=str,
+)
+def test_other_methods_are_refused(plain, fields, message):
+    refused(configured(plain, **fields), ValueError, message)
 
 
-def test_an_adapter_without_a_living_component_is_its_base_model(tmp_path):
+def test_a_gated_adapter_without_a_living_component_is_its_base_model(tmp_path):
     model = adapted(tiny_llama)
     for name, parameter in model.named_parameters():
         if name.endswith((".c", ".lora_c")):
@@ -76,80 +98,16 @@ def test_an_adapter_without_a_living_component_is_its_base_model(tmp_path):
     refused(tmp_path / "in", ValueError, "every component is 0, so the adapter equals its base")
 
 
-# -- bases -------------------------------------------------------------------------------------
-
-
-def test_an_update_of_another_shape_is_not_added():
-    weight, a, b = torch.zeros(4, 4), torch.zeros(1, 3), torch.zeros(4, 1)
-    message = r"q.weight has shape \(4, 4\) in the base model, its update has \(4, 3\): this is not"
-    with pytest.raises(ValueError, match=message):
-        add_update(weight, a, b, transposed=False, key="q.weight")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"quantization_config": {"load_in_8bit": True}}, ValueError, "is quantised: an update cannot"),
-        (None, FileNotFoundError, "holds neither model.safetensors nor model.safetensors.index.json"),
-    ],
-    ids=["quantised", "no weights"],
-)  # fmt: skip
-def test_a_base_that_cannot_be_added_to_is_refused(plain, tmp_path, change, error, message):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    config = tmp_path / "base" / "config.json"
-    if change is None:
-        (tmp_path / "base" / "model.safetensors").unlink()
-    else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    refused(plain, error, message, to="merged", base=str(tmp_path / "base"))
-
-
-def test_an_adapter_that_names_no_base_asks_for_one(plain):
-    refused(plain, ValueError, "does not name its base model; give its folder", to="merged")
-
-
-def test_merging_in_another_dtype_says_so_in_the_config(plain, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    config = tmp_path / "base" / "config.json"
-    old = {"torch_dtype": "float32", **json.loads(config.read_text())}  # as older versions wrote it
-    config.write_text(json.dumps(old))
-    options = {"to": "merged", "base": str(tmp_path / "base"), "dtype": torch.bfloat16}
-    export_adapter(plain, tmp_path / "out", **options)
-    told = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert told["dtype"] == "bfloat16"
-    assert "torch_dtype" not in told
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
-
-
-def test_a_head_of_another_size_brings_its_number_of_labels(tmp_path):
-    """The base was pretrained without labels, so its config counts transformers' two."""
-    fields = {k: v for k, v in tiny_bert().config.to_dict().items() if "label" not in k}
-    BertModel(BertConfig(**fields)).save_pretrained(tmp_path / "base")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
-    model = adapted(lambda: base, task_type="SEQ_CLS")
-    train(model)
-    model.save_pretrained(tmp_path / "in")
-    done = export_adapter(
-        tmp_path / "in", tmp_path / "out", to="merged", base=str(tmp_path / "base"), verify=True
-    )
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert merged.config.id2label == {i: f"LABEL_{i}" for i in range(5)}
-    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-6)
-    assert done.max_difference < 1e-6 < done.max_output
-
-
-def test_a_base_without_a_config_is_merged_without_one(tmp_path):
-    net = small_net()
-    (tmp_path / "base").mkdir()
-    save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
-    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
-    model = get_peft_model(small_net(), config)
-    model.save_pretrained(tmp_path / "in")
-    export_adapter(tmp_path / "in", tmp_path / "out", to="merged", base=str(tmp_path / "base"))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    net.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
-    torch.testing.assert_close(net(data()[0]), model(data()[0]), rtol=0, atol=1e-6)
+def test_wrong_options_say_what_is_right(plain, tmp_path):
+    refused(tmp_path, FileNotFoundError, "holds no adapter_config.json")
+    refused(plain, ValueError, "pad_to=8 belongs to the form uniform, not to ragged", pad_to=8)
+    with pytest.raises(ValueError, match="is the source; name another folder"):
+        export_adapter(plain, plain)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file; name a folder"):
+        export_adapter(plain, tmp_path / "file")
+    (tmp_path / "checkpoint-7").mkdir()
+    refused(tmp_path, FileNotFoundError, "did you mean .*checkpoint-7")
 
 
 # -- comparing ---------------------------------------------------------------------------------
@@ -160,18 +118,17 @@ def test_a_model_of_an_encoder_and_a_decoder_is_compared_too(tmp_path):
     model = adapted(tiny_t5, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])
     train(model)
     model.save_pretrained(tmp_path / "in")
-    done = export_adapter(
-        tmp_path / "in", tmp_path / "out", base=str(tmp_path / "base"), verify=True
-    )
+    base = str(tmp_path / "base")
+    done = export_adapter(tmp_path / "in", tmp_path / "out", base=base, verify=True)
     assert done.max_difference <= 1e-5 * done.max_output
     assert done.max_output > 0
+    assert logits(model).isfinite().all()
 
 
-def test_a_model_of_pictures_cannot_be_compared_on_tokens(tmp_path):
+def test_a_model_of_something_else_says_what_cannot_be_made_up():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    base = ViTModel(ViTConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4))
-    base.save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "in")
-    with pytest.raises(ValueError, match="model=.* takes no token ids, so --verify cannot feed it"):
-        export_adapter(tmp_path / "in", tmp_path / "out", base=str(tmp_path / "base"), verify=True)
+    model = ViTModel(ViTConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4))
+    assert outputs(model).shape == (2, 5, 16)
+    model.main_input_name = "point_cloud"
+    with pytest.raises(ValueError, match="takes 'point_cloud', which cannot be made up here"):
+        outputs(model)

@@ -1,55 +1,59 @@
-"""An adapter folder in, what consumers read out: each of them computes the ΔW that was trained."""
+"""An adapter folder in, ragged and uniform out: each consumer computes the ΔW that was trained."""
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from stock_runs import run, stock
+from test_export_lora import KINDS, tiny_mixtral
 
 import consumers
 from consumers import RefusedError
-from dynlora.adapter.components import find_gated_layers
+from dynlora.adapter_files.updates import read
 from dynlora.export import export_adapter
-from dynlora.export.source import read_adapter
 from tiny_models import adapted, layer_kinds, logits, tiny_bert, tiny_gpt2, tiny_llama, train
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # fp32, another order of summation
 EVERYWHERE = [consumers.vllm, consumers.vllm_before_patterns, consumers.diffusers]
 ONE_RANK = [consumers.sglang, consumers.lorax, consumers.llama_cpp, consumers.mlx]
+WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """The base model's folder, a native checkpoint with dead modules, its ΔW and its logits."""
+def saved(model, folder, ranks):
+    """The folder of a checkpoint, with the history that a run leaves beside it."""
+    model.save_pretrained(folder)
+    start = {"event": "start", "step": 0, "ranks": dict.fromkeys(ranks, 4)}
+    (folder / "history.jsonl").write_text(json.dumps(start) + "\n")
+
+
+@pytest.fixture(scope="module", params=["stock", "gated"])
+def llama(request, tmp_path_factory):
+    """The base model's folder, a checkpoint with pruned modules, its ΔW and its logits."""
     root = tmp_path_factory.mktemp("llama")
     tiny_llama().save_pretrained(root / "base")
-    model = adapted(tiny_llama)
-    allocator = train(model, steps=30, total_steps=40)
+    if request.param == "stock":
+        model = stock()
+        allocator = run(model)
+    else:
+        model = adapted(tiny_llama)
+        allocator = train(model, steps=30, total_steps=40)
     model.peft_config["default"].base_model_name_or_path = str(root / "base")
-    model.save_pretrained(root / "native")
+    saved(model, root / "in", allocator.ranks())
     deltas = {
         m.name: m.layer.get_delta_weight("default").detach()
-        for m in find_gated_layers(model, "default")
+        for m in allocator.modules
         if not m.is_dropped
     }
-    assert 0 in allocator.ranks().values()  # the fixture is worth nothing without a dead module
+    assert 0 in allocator.ranks().values()  # the fixture is worth nothing without a pruned module
     return root, deltas, logits(model)
 
 
 def exported(llama, tmp_path, **options):
     root, deltas, _ = llama
-    export_adapter(root / "native", tmp_path / "out", **options)
+    export_adapter(root / "in", tmp_path / "out", **options)
     return tmp_path / "out", deltas
 
 
@@ -58,6 +62,13 @@ def assert_same(deltas, expected):
     for name in deltas.keys() | expected.keys():
         zero = torch.zeros_like(deltas.get(name, expected.get(name)))
         torch.testing.assert_close(deltas.get(name, zero), expected.get(name, zero), **CLOSE)
+
+
+def both_forms_compute(build, folder, expected, tmp_path, *, atol=1e-5, **options):
+    for form in ("ragged", "uniform"):
+        export_adapter(folder, tmp_path / form, to=form, **options)
+        loaded = PeftModel.from_pretrained(build(), str(tmp_path / form))
+        torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=atol)
 
 
 # -- rules of consumers --------------------------------------------------------------------------
@@ -75,7 +86,7 @@ def test_consumers_with_one_rank_read_the_uniform_form_right(llama, tmp_path, co
     folder, expected = exported(llama, tmp_path, to="uniform")
     deltas = consumer(folder)
     assert_same(deltas, expected)
-    assert len(deltas) == 14  # every target module is there, the dead ones too
+    assert len(deltas) == 14  # every target module is there, the pruned ones too
 
 
 @pytest.mark.parametrize("consumer", ONE_RANK, ids=lambda c: c.__name__)
@@ -97,22 +108,20 @@ def test_stock_peft_and_transformers_read_both_forms(llama, tmp_path, form):
     torch.testing.assert_close(logits(model), llama[2], **CLOSE)
 
 
-# -- forms ---------------------------------------------------------------------------------------
+# -- sources -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [12, 30, 40])
+@pytest.mark.parametrize("steps", [18, 24, 40])
 def test_before_and_after_the_freeze_and_finished_it_is_the_same_function(tmp_path, steps):
-    model = adapted(tiny_llama)
-    allocator = train(model, steps=steps, total_steps=40)
-    if steps == 40:
-        allocator.finalize_()
-    model.save_pretrained(tmp_path / "in")
-    for form in ("ragged", "uniform"):
-        export_adapter(tmp_path / "in", tmp_path / form, to=form)
-        loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / form))
-        torch.testing.assert_close(logits(loaded), logits(model), **CLOSE)
-    ragged = read_adapter(tmp_path / "ragged").ranks
-    assert ragged == read_adapter(tmp_path / "in").ranks
+    model = stock()
+    tiny_llama().save_pretrained(tmp_path / "base")
+    allocator = run(model, steps=steps)
+    ranks = allocator.finalize_() if steps == 40 else allocator.ranks()
+    saved(model, tmp_path / "in", ranks)
+    base = str(tmp_path / "base")
+    both_forms_compute(tiny_llama, tmp_path / "in", logits(model), tmp_path, base=base)
+    written = {u.name: u.rank for u in read(tmp_path / "ragged").updates}
+    assert written == {n: r for n, r in ranks.items() if r}
 
 
 def test_a_lora_from_elsewhere_is_exported_with_its_scaling(tmp_path):
@@ -123,23 +132,101 @@ def test_a_lora_from_elsewhere_is_exported_with_its_scaling(tmp_path):
     )  # fmt: skip
     model = get_peft_model(tiny_llama(), config)
     model.save_pretrained(tmp_path / "in")
+    both_forms_compute(tiny_llama, tmp_path / "in", logits(model), tmp_path)
     for form in ("ragged", "uniform"):
-        export_adapter(tmp_path / "in", tmp_path / form, to=form)
-        loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / form))
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
-        assert set(loaded.peft_config["default"].target_modules) == {"q_proj", "up_proj"}
+        fields = consumers.config_of(tmp_path / form)
+        assert fields["target_modules"] == ["q_proj", "up_proj"]
+
+
+def test_what_the_user_excluded_was_not_pruned(tmp_path):
+    """A full name in exclude_modules looks like a pruned module, and stays out of both forms."""
+    excluded = "model.layers.0.self_attn.q_proj"
+    model = stock(target_modules=["q_proj"], exclude_modules=[excluded], init_lora_weights=False)
+    model.save_pretrained(tmp_path / "in")
+    assert read(tmp_path / "in").pruned == ()
+    both_forms_compute(tiny_llama, tmp_path / "in", logits(model), tmp_path)
+    assert excluded not in consumers.pairs(tmp_path / "uniform")
+
+
+def test_zeros_of_padding_go_again(llama, tmp_path):
+    """Ragged of uniform is ragged of the source."""
+    folder, _ = exported(llama, tmp_path, to="ragged")
+    exported(llama, tmp_path / "u", to="uniform")
+    export_adapter(tmp_path / "u" / "out", tmp_path / "again")
+    files = [load_file(f / WEIGHTS) for f in (folder, tmp_path / "again")]
+    torch.testing.assert_close(files[0], files[1], rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT finds out by itself
-def test_every_layer_kind_keeps_its_function(tmp_path):
-    kinds = ["embedding", "conv1d", "conv2d", "mha", "hf_conv1d", "linear"]
-    model = adapted(layer_kinds, target_modules=kinds, target_r=2)
-    train(model, steps=12, total_steps=40)
+@pytest.mark.filterwarnings("ignore:Already unmerged")  # PEFT's MultiheadAttention, of itself
+@pytest.mark.parametrize("make", ["stock", "gated"])
+def test_every_layer_kind_keeps_its_function(tmp_path, make):
+    if make == "stock":
+        model = stock(layer_kinds, target_modules=KINDS)
+        run(model, steps=18, target_r=1)
+    else:
+        model = adapted(layer_kinds, target_modules=KINDS, target_r=2)
+        train(model, steps=12, total_steps=40)
     model.save_pretrained(tmp_path / "in")
-    for form in ("ragged", "uniform"):
-        export_adapter(tmp_path / "in", tmp_path / form, to=form)
-        loaded = PeftModel.from_pretrained(layer_kinds(), str(tmp_path / form))
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    both_forms_compute(layer_kinds, tmp_path / "in", logits(model), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT: they do
+def test_fused_experts_keep_their_order_in_both_forms(tmp_path):
+    fields = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    model = stock(tiny_mixtral, init_lora_weights=False, **fields)
+    with torch.no_grad():  # of each expert in layer 0 one slot is empty
+        for name, parameter in model.named_parameters():
+            if "layers.0" in name and "experts" in name and "lora_B" in name:
+                parameter[:, -4:] = 0
+    model.save_pretrained(tmp_path / "in")
+    both_forms_compute(tiny_mixtral, tmp_path / "in", logits(model), tmp_path)
+    ranks = {u.name: u.rank for u in read(tmp_path / "ragged").updates}
+    assert ranks["model.layers.0.mlp.experts"] == 3
+    assert ranks["model.layers.1.mlp.experts"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor")  # PEFT of its own lora_bias
+@pytest.mark.parametrize("fields", [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}])
+def test_trained_biases_keep_their_modules(tmp_path, fields):
+    model = stock(tiny_bert, task_type="SEQ_CLS", **fields)
+    run(model)
+    model.save_pretrained(tmp_path / "in")
+    both_forms_compute(tiny_bert, tmp_path / "in", logits(model), tmp_path)
+
+
+def test_a_bias_of_a_module_that_has_lost_its_factors_is_kept(tmp_path):
+    """In a file of an older version; ragged leaves the module out and uniform wraps it again."""
+    base = tiny_bert()
+    base.save_pretrained(tmp_path / "base")
+    model = stock(tiny_bert, bias="lora_only", init_lora_weights=False, task_type="SEQ_CLS")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("base_layer.bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "in")
+    tensors = load_file(tmp_path / "in" / WEIGHTS)
+    module = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{module}.lora_")}
+    save_file(tensors, tmp_path / "in" / WEIGHTS)
+    names = ["bert.encoder.layer.0.attention.self.query"]
+    names += [u.name for u in read(tmp_path / "in").updates]
+    start = {"event": "start", "step": 0, "ranks": dict.fromkeys(names, 4)}
+    (tmp_path / "in" / "history.jsonl").write_text(json.dumps(start) + "\n")
+    for name, layer in model.get_base_model().named_modules():
+        if name == names[0]:
+            layer.scaling["default"] = 0.0
+    both_forms_compute(
+        tiny_bert, tmp_path / "in", logits(model), tmp_path, base=str(tmp_path / "base")
+    )
+    assert f"{module}.bias" in load_file(tmp_path / "ragged" / WEIGHTS)
+    assert f"{module}.base_layer.bias" in load_file(tmp_path / "uniform" / WEIGHTS)
+
+
+# -- forms ---------------------------------------------------------------------------------------
 
 
 def test_uniform_pads_to_the_asked_rank_and_never_below(llama, tmp_path):
@@ -150,22 +237,39 @@ def test_uniform_pads_to_the_asked_rank_and_never_below(llama, tmp_path):
         exported(llama, tmp_path, to="uniform", pad_to=1)
 
 
-def test_a_kind_without_a_live_module_is_padded_from_the_base_models_shapes(llama, tmp_path):
+def test_uniform_without_the_base_of_a_pruned_module_says_so(llama, tmp_path):
     root, _, _ = llama
-    shutil.copytree(root / "native", tmp_path / "in")
-    file = tmp_path / "in" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    dead = [key for key in tensors if "down_proj" in key and not key.endswith("lora_ema")]
-    tensors = {k: v[:0] if "lora_ema" in k and "down_proj" in k else v for k, v in tensors.items()}
-    save_file({k: v.clone() for k, v in tensors.items() if k not in dead}, file)
-    export_adapter(tmp_path / "in", tmp_path / "out", to="uniform")
-    shapes = {n: b.shape for n, (_, b) in consumers.pairs(tmp_path / "out").items()}
-    assert shapes["model.layers.0.mlp.down_proj"] == (16, 8)
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj' fell to rank 0.*--base"):
+    shutil.copytree(root / "in", tmp_path / "in")
+    file = tmp_path / "in" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"fell to rank 0 and only its base model.*--base"):
+        export_adapter(tmp_path / "in", tmp_path / "no", to="uniform")
+    with pytest.raises(FileNotFoundError, match=r"base='.*absent' is not a model that"):
         export_adapter(
             tmp_path / "in", tmp_path / "no", to="uniform", base=str(tmp_path / "absent")
         )
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+def test_a_pruned_kind_of_gpt2_is_padded_the_right_way_round(tmp_path):
+    """transformers' Conv1D stores (in, out), and an Embedding's factors have keys of their own."""
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+
+    def score(modules, _step):
+        for module in modules:
+            worth = 1.0 if "c_attn" in module.name else 1e-6
+            module.ema.copy_(torch.full_like(module.ema, worth))
+
+    model = stock(tiny_gpt2, target_modules=["c_attn", "c_fc", "wte"], fan_in_fan_out=True)
+    allocator = run(model, score=score, target_r=1)
+    assert {n for n, r in allocator.ranks().items() if r == 0} > {"transformer.wte"}
+    saved(model, tmp_path / "in", allocator.ranks())
+    expected = logits(model)
+    both_forms_compute(tiny_gpt2, tmp_path / "in", expected, tmp_path, base=str(tmp_path / "base"))
+    tensors = load_file(tmp_path / "uniform" / WEIGHTS)
+    assert tensors["base_model.model.transformer.wte.lora_embedding_A"].shape == (8, 40)
+    assert tensors["base_model.model.transformer.h.0.mlp.c_fc.lora_B.weight"].shape == (64, 8)
 
 
 def test_dtype_is_that_of_the_file(llama, tmp_path):
@@ -175,9 +279,9 @@ def test_dtype_is_that_of_the_file(llama, tmp_path):
 
 def test_verify_reports_the_difference_of_outputs(llama, tmp_path):
     root, _, _ = llama
-    for form in ("ragged", "uniform", "merged"):
-        done = export_adapter(root / "native", tmp_path / form, to=form, verify=True)
-        assert done.max_difference <= 1e-5
+    for form in ("ragged", "uniform"):
+        done = export_adapter(root / "in", tmp_path / form, to=form, verify=True)
+        assert done.max_difference <= 1e-5 < done.max_output
 
 
 def test_configs_hold_no_field_that_older_pefts_would_warn_about(llama, tmp_path):
@@ -188,144 +292,8 @@ def test_configs_hold_no_field_that_older_pefts_would_warn_about(llama, tmp_path
     assert {"r", "lora_alpha", "target_modules", "bias", "use_rslora", "peft_type"} <= set(config)
 
 
-# -- merged --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_merged_weights_are_those_of_peft_in_the_bases_shards_and_dtype(tmp_path, shards):
-    base = tiny_llama().to(torch.bfloat16)
-    base.save_pretrained(tmp_path / "base", max_shard_size="5KB" if shards > 1 else "1GB")
-    names = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
-    assert len(names) >= shards
-    model = adapted(tiny_llama)
-    train(model, steps=30, total_steps=40).finalize_()
+def test_target_modules_become_a_list_for_servers_that_read_no_expression(tmp_path):
+    model = stock(target_modules=r".*\.(q|v)_proj", init_lora_weights=False)
     model.save_pretrained(tmp_path / "in")
-    export_adapter(tmp_path / "in", tmp_path / "out", to="merged", base=str(tmp_path / "base"))
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == names
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    adapter = read_adapter(tmp_path / "in")
-    for name, weight in (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict().items()
-    ):
-        assert merged[name].dtype == weight.dtype == torch.bfloat16
-        a, b = adapter.factors.get(name.removesuffix(".weight"), (None, None))
-        expected = weight if a is None else (weight.float() + b @ a).bfloat16()
-        torch.testing.assert_close(merged[name], expected, rtol=0, atol=0)
-
-
-def test_merged_gpt2_is_transposed_and_keeps_its_tied_weights(tmp_path):
-    base = tiny_gpt2()
-    base.save_pretrained(tmp_path / "base")
-    model = adapted(tiny_gpt2, fan_in_fan_out=True)
-    train(model)
-    model.save_pretrained(tmp_path / "in")
-    export_adapter(tmp_path / "in", tmp_path / "out", to="merged", base=str(tmp_path / "base"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
-    assert merged.lm_head.weight is merged.transformer.wte.weight
-    files = [set(load_file(tmp_path / n / "model.safetensors")) for n in ("base", "out")]
-    assert files[0] == files[1]
-
-
-MEASURE = """
-import sys, threading, time
-from dynlora.export import export_adapter
-def own():  # memory that is no mapped file, in bytes
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-root, peak, done = sys.argv[1], [0], threading.Event()
-def look():
-    while not done.is_set():
-        peak[0] = max(peak[0], own()); time.sleep(0.001)
-before, watcher = own(), threading.Thread(target=look)
-watcher.start()
-export_adapter(root + "/in", root + "/out", to="merged", base=root + "/base")
-done.set(); watcher.join()
-print(peak[0] - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_merging_holds_a_tensor_not_a_shard(tmp_path):
-    """Beside the mapped file of one shard; a shard here is 64 MB, its largest tensor 2 MB."""
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=8,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    shard = (tmp_path / "base" / "model.safetensors").stat().st_size
-    lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(LlamaForCausalLM(config), lora).save_pretrained(tmp_path / "in")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 0.5 * shard
-
-
-def test_a_trained_head_moves_into_the_merged_model(tmp_path):
-    """The base is an encoder without a head; what is written is the classifier."""
-    tiny_bert().bert.save_pretrained(tmp_path / "base")
-    model = adapted(tiny_bert, task_type="SEQ_CLS")
-    train(model)
-    model.save_pretrained(tmp_path / "in")
-    export_adapter(tmp_path / "in", tmp_path / "out", to="merged", base=str(tmp_path / "base"))
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert merged.config.num_labels == 3
-    torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
-
-
-def test_tied_embeddings_are_not_merged_in_silence(tmp_path):
-    tiny_gpt2().save_pretrained(tmp_path / "base")
-    model = adapted(tiny_gpt2, target_modules=["wte"], task_type="CAUSAL_LM", target_r=3)
-    train(model)
-    model.save_pretrained(tmp_path / "in")
-    with pytest.raises(
-        ValueError, match="'transformer.wte' shares its weight with the output layer"
-    ):
-        export_adapter(tmp_path / "in", tmp_path / "out", to="merged", base=str(tmp_path / "base"))
-    assert not (tmp_path / "out").exists()
-
-
-# -- refusals ------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_exported_says_why(llama, tmp_path):
-    root, _, _ = llama
-    native = root / "native"
-    for arguments, error, message in [
-        ((tmp_path, tmp_path / "o"), FileNotFoundError, "holds no adapter_config.json"),
-        ((native, native), ValueError, "is the source; name another folder"),
-    ]:
-        with pytest.raises(error, match=message):
-            export_adapter(*arguments)
-    with pytest.raises(ValueError, match="pad_to=8 belongs to the form uniform, not to ragged"):
-        export_adapter(native, tmp_path / "o", pad_to=8)
-    with pytest.raises(FileNotFoundError, match=r"base='nowhere' is no folder"):
-        export_adapter(native, tmp_path / "o", to="merged", base="nowhere")
-    (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(FileNotFoundError, match="did you mean .*checkpoint-7"):
-        export_adapter(tmp_path, tmp_path / "o")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peft_type": "LOHA"}, "an adapter of method LOHA; only LoRA and DynLora"),
-        ({"use_dora": True}, "trained with use_dora, which changes what its factors mean"),
-    ],
-    ids=str,
-)
-def test_other_methods_are_refused(tmp_path, change, message):
-    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
-        export_adapter(tmp_path, tmp_path / "out")
-
-
-def test_another_base_model_is_noticed_before_anything_is_written(llama, tmp_path):
-    root, _, _ = llama
-    tiny_gpt2().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="has no weight for 13 of 13 adapted modules"):
-        export_adapter(root / "native", tmp_path / "out", to="merged", base=str(tmp_path / "other"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other"]
+    both_forms_compute(tiny_llama, tmp_path / "in", logits(model), tmp_path)
+    assert len(consumers.sglang(tmp_path / "uniform")) == 4

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from dynlora.adapter_files.format import (
     CONFIG_FILE,
     PICKLE_FILE,
+    PRUNED,
     WEIGHTS_FILE,
     group_of,
     is_targeted,
@@ -93,8 +94,8 @@ def pruned_modules(
     """Modules of rank 0 that have no tensors in the folder, as far as it is known that they were pruned.
 
     What ``exclude_modules`` names may be the user's choice. Known is what the run's history beside the
-    checkpoint, or in the folder above it, lists as adapted; what a gated config names with rank 0; and
-    what ``target_modules`` names in full.
+    checkpoint, or in the folder above it, lists as adapted; what an export noted in the weights file;
+    what a gated config names with rank 0; and what ``target_modules`` names in full.
 
     Args:
         folder: of the adapter.
@@ -106,6 +107,7 @@ def pruned_modules(
     if not groups <= {group_of(name) for name in known}:
         known = set()  # another run's history
     known = {name for name in known if not _is_parameter(fields, name)}
+    known |= _noted(folder / WEIGHTS_FILE)
     gated = fields.get("rank_pattern") if fields.get("peft_type") == "DYNLORA" else None
     known |= {
         key.removeprefix("^").replace("\\", "") for key, rank in (gated or {}).items() if rank == 0
@@ -123,6 +125,12 @@ def _adapted_at_start(folder: Path) -> list[str]:
             starts = [e for e in read_history(place) if e["event"] == "start" and e.get("ranks")]
             return list(starts[0]["ranks"]) if starts else []
     return []
+
+
+def _noted(file: Path) -> set[str]:
+    with safe_open(file, framework="np") as opened:
+        noted = json.loads((opened.metadata() or {}).get(PRUNED, "[]"))
+    return set(noted) if isinstance(noted, list) else set()
 
 
 def _is_parameter(fields: Mapping[str, Any], name: str) -> bool:

@@ -17,6 +17,9 @@ PREFIX = "base_model.model."
 OUT_PROJECTION = ".base_layer.out_proj"
 """What follows the name of a MultiheadAttention in the name of its second adapted layer."""
 
+PRUNED = "dynlora.pruned"
+"""Entry of a weights file's metadata: names of pruned modules, a JSON list; what we write says so."""
+
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_"
     r"(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|A\.c|c|ema|live)"
@@ -157,7 +160,7 @@ def _ranks_and_alphas(fields: Mapping[str, Any], module: str) -> list[tuple[int,
     names = [f"{group}.{p}" for p in parameters_of(fields, group)] or [group]
     return [
         (
-            by_pattern(fields.get("rank_pattern"), name, fields.get("r", 8)),
+            by_pattern(fields.get("rank_pattern"), name, fields.get("r", fields.get("init_r", 8))),
             by_pattern(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8)),
         )
         for name in names

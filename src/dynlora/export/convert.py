@@ -103,11 +103,11 @@ def export_adapter(
         adapter = read(source)
         refuse_rewriting_start(adapter)
         if to == "ragged":
-            config, tensors = ragged(adapter)
+            config, tensors, left_out = ragged(adapter)
         else:
             pruned = models.zero_updates(adapter, base, model_class)
-            config, tensors = uniform(adapter, pruned, rank=pad_to)
-        write_adapter(folder, config, {k: _as(t, dtype) for k, t in tensors.items()})
+            config, tensors, left_out = uniform(adapter, pruned, rank=pad_to)
+        write_adapter(folder, config, {k: _as(t, dtype) for k, t in tensors.items()}, left_out)
         facts |= _figures(adapter, config, tensors)
         if verify:
             difference, largest = _compared(adapter, folder, _named(base), model_class)

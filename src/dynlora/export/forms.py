@@ -20,8 +20,8 @@ PAD_STEPS = (8, 16, 32, 64, 128, 256, 512)
 """Ranks that servers with one rank an adapter take (vLLM's list of allowed maximum ranks, without 1
 and 320; LoRAX and TGI want multiples of 8)."""
 
-Plain = tuple[dict[str, Any], dict[str, Tensor]]
-"""Fields of adapter_config.json, and tensors by their key."""
+Plain = tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]
+"""Fields of adapter_config.json, tensors by their key, and the pruned modules that are left out."""
 
 
 def refuse_rewriting_start(adapter: Adapter) -> None:
@@ -93,7 +93,7 @@ def _plain(adapter: Adapter, *, lists_only: bool) -> Plain:
     tensors = _others(adapter)
     for update in updates:
         tensors[update.a_key], tensors[update.b_key] = update.a, update.b
-    return config, tensors
+    return config, tensors, adapter.pruned
 
 
 def _others(adapter: Adapter) -> dict[str, Tensor]:

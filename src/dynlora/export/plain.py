@@ -2,13 +2,15 @@
 
 import copy
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dynlora.adapter_files.format import OUT_PROJECTION, PREFIX, factor_key
+from dynlora.adapter_files.format import OUT_PROJECTION, PREFIX, factor_key, group_of, parse_key
 from dynlora.allocator.processes import is_first_process
 from dynlora.export.folder import checked_folder, write_adapter
 from dynlora.gated.adapter import plain_config
@@ -51,7 +53,8 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | N
     folder = checked_folder(path)
     config, tensors = plain_lora(model, adapter)
     if is_first_process():
-        write_adapter(folder, config.to_dict(), tensors)
+        written = {parsed.module for key in tensors if (parsed := parse_key(key))}
+        write_adapter(folder, config.to_dict(), tensors, _pruned(model, adapter, written))
     return folder
 
 
@@ -77,6 +80,16 @@ def plain_lora(
         key: full_tensor(tensor).detach().cpu().contiguous().clone()
         for key, tensor in tensors.items()
     }
+
+
+def _pruned(model: nn.Module, adapter: str | None, written: Collection[str]) -> list[str]:
+    """Modules of the adapter without tensors, and LoRA layers that no adapter is left in."""
+    name, _ = find_adapter(model, adapter)
+    found = {m.path for m in find_components(model, name)}
+    for path, layer in unwrapped(model).named_modules():
+        if isinstance(layer, LoraLayer) and not (layer.lora_A or layer.lora_embedding_A):
+            found.add(without_wrappers(path))
+    return sorted({group_of(path) for path in found} - {group_of(path) for path in written})
 
 
 def _folded(

@@ -15,7 +15,9 @@ def conclusion(run: Run) -> str:
     """
     if not run.states:
         return ""
-    so_far = "" if run.is_finished else f"After step {run.states[-1].step:,} of {run.total_steps:,}: "
+    so_far = (
+        "" if run.is_finished else f"After step {run.states[-1].step:,} of {run.total_steps:,}: "
+    )
     sentences = [so_far + _size(run)]
     scores = [f"{metric_label(name)} {run.series(name)[-1][1]:.4g}" for name in run.metrics()]
     if scores:
