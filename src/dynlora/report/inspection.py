@@ -163,9 +163,13 @@ def servers(
         return ["PEFT"], "only LoRA adapters can be exported"
     start = config.get("init_lora_weights")
     if used := [name for name in VARIANTS if config.get(name)]:
-        return ["PEFT"], f"{', '.join(used)} changes what the factors mean: export --to merged"
+        return [
+            "PEFT"
+        ], f"{', '.join(used)} changes what the factors mean: dynlora export --to merged"
     if isinstance(start, str) and start.startswith(REWRITING_STARTS):
-        return ["PEFT"], f"{start} changes the base's weights at each load: export --to merged"
+        return [
+            "PEFT"
+        ], f"{start} changes the base's weights at each load: dynlora export --to merged"
     if heads:
         return ["PEFT", "transformers"], (
             "vLLM and llama.cpp refuse what was trained beside the LoRA, such as a head; "
@@ -179,7 +183,7 @@ def servers(
             everywhere.append("diffusers")
         return (
             everywhere,
-            "llama.cpp, SGLang, TGI, LoRAX and MLX want one rank: export --to uniform",
+            ("llama.cpp, SGLang, TGI, LoRAX and MLX want one rank: dynlora export --to uniform"),
         )
     return _readers_of_one_rank(everywhere, next(iter(alive)), list(ranks))
 
