@@ -1,10 +1,12 @@
 """``export_lora`` of stock adapters: the folder computes what the model computes, whatever its layers."""
 
 import json
+import resource
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stock_runs import run, stock
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
@@ -158,3 +160,28 @@ def test_a_model_adapted_through_transformers_is_exported(tmp_path):
     expected = logits(model)
     export_lora(model, tmp_path / "out")
     torch.testing.assert_close(logits(reloaded(tiny_llama, tmp_path / "out")), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 600])
+def test_an_export_onto_a_full_disk_keeps_the_previous_one(tmp_path, limit):
+    model = stock(init_lora_weights=False)
+    folder = export_lora(model, tmp_path / "out")
+    before = files(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            export_lora(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(tmp_path) == before
+    export_lora(model, folder)
+    assert files(tmp_path).keys() == before.keys()
+    assert files(tmp_path) != before
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

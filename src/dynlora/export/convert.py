@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from dynlora.adapter_files.folder import checked_source, read_config
-from dynlora.adapter_files.format import WEIGHTS_FILE
+from dynlora.adapter_files.format import CONFIG_FILE, WEIGHTS_FILE
 from dynlora.adapter_files.updates import Adapter, read
 from dynlora.export import models
 from dynlora.export.folder import checked_folder, write_adapter
@@ -32,7 +32,7 @@ class Export:
         pruned_modules: modules of rank 0, as far as they are known; None for merged.
         max_rank: largest rank that is written; None for merged.
         num_parameters: of the LoRA, without heads, zeros of padding included; None for merged.
-        source_bytes, num_bytes: of the weights file that was read, and of all files written.
+        source_bytes, num_bytes: of config and weights that were read, and of all files written.
         seconds: wall time.
         max_difference: of outputs against the source; None if not verified.
         max_output: largest absolute output of the source, which the difference is to be seen against.
@@ -115,7 +115,7 @@ def export_adapter(
     return Export(
         folder=str(folder),
         form=to,
-        source_bytes=(source / WEIGHTS_FILE).stat().st_size,
+        source_bytes=sum((source / n).stat().st_size for n in (CONFIG_FILE, WEIGHTS_FILE)),
         num_bytes=sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         seconds=round(time.perf_counter() - start, 3),
         **facts,

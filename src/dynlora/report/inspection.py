@@ -143,7 +143,7 @@ def inspect_adapter(path: str | os.PathLike[str], *, effective: bool = False) ->
         served_by=served_by,
         note=note,
         sizes=sizes,
-        effective_ranks=effective_ranks,
+        effective_ranks=dict.fromkeys(ranks, 0) | effective_ranks if effective else {},
     )
 
 
