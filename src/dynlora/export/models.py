@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dynlora.adapter_files.format import parse_key
@@ -139,7 +139,7 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     draws = torch.Generator().manual_seed(0)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = getattr(base, "main_input_name", "input_ids")
     if name == "input_ids" and getattr(text, "vocab_size", None):
         ids = torch.randint(1, text.vocab_size, (2, 16), generator=draws)
