@@ -7,7 +7,6 @@ the difference before you commit it.
 import json
 import os
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -16,10 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from bad_input import CONFIG, HOSTILE, WEIGHTS, WRONG_USES
-from dynlora import AdapterFileError, DynLoraConfig, export_lora
+from dynlora import AdapterFileError, DynLoraConfig
 from small_net import adapted, attached, small_net, train
 
 SNAPSHOT = Path(__file__).with_name("errors.json")
@@ -128,29 +126,6 @@ def test_a_hostile_folder_leaves_an_adapter_in_training_as_it_was(tmp_path, whol
 def test_a_config_alone_can_be_trained_from(tmp_path):
     DynLoraConfig(target_r=2, target_modules=["0"]).save_pretrained(str(tmp_path))
     assert DynLoraConfig.from_pretrained(str(tmp_path)).target_r == 2
-
-
-# -- a disk that is full -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [0, 100, 600])
-def test_an_export_onto_a_full_disk_keeps_the_previous_one(tmp_path, limit):
-    model, optimizer, _ = attached()
-    train(model, optimizer, 3)
-    folder = export_lora(model, tmp_path / "out")
-    before = files(tmp_path)
-    train(model, optimizer, 3)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises((OSError, SafetensorError)):
-            export_lora(model, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files(tmp_path) == before
-    export_lora(model, folder)
-    assert files(tmp_path).keys() == before.keys()
-    assert files(tmp_path) != before
 
 
 # -- fuzzing -------------------------------------------------------------------------------------

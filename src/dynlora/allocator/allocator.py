@@ -39,6 +39,7 @@ from dynlora.allocator.step_hooks import attach, loss_scale, once_computed, step
 from dynlora.errors import CannotShrinkError
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
+from dynlora.lora.configs import recorded_fields
 from dynlora.lora.follow import AdapterStart
 from dynlora.lora.rotation import rotate_
 
@@ -187,8 +188,8 @@ class RankAllocator:
         Returns:
             total_steps, importance (its name, or "own" for a ``score``), budget (parameters or
             components), window (t₀, t₁), schedule (step and budget of each prune event), ranks (now, by
-            module name), component_sizes (parameters of one component, by module name), total_cost and
-            target_cost.
+            module name), component_sizes (parameters of one component, by module name), total_cost,
+            target_cost, and lora (fields of the LoraConfig that the run began with).
         """
         events = allocation.prune_plan(**self._equation(), interval=self.settings.prune_interval)
         if self.settings.is_auto:
@@ -203,6 +204,7 @@ class RankAllocator:
             "target_cost": self.target_cost,
             "ranks": self.ranks(),
             "component_sizes": dict(self._begun.sizes),
+            "lora": recorded_fields(self._begun.config),
         }
 
     def also_compact(self, copy: nn.Module) -> None:

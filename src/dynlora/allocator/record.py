@@ -22,7 +22,8 @@ def prune_event(
 
     Args:
         modules: after the cut.
-        scores: smoothed importance that the choice was made by, of all components, (components,).
+        scores: smoothed importance that the choice was made by, of all components, (components,); below
+            0 where there was no choice, because pruned components do not come back.
         before: True where a component was alive before, (components,).
         keep: True where it is alive now, (components,).
         step: optimizer steps done.
@@ -41,7 +42,7 @@ def prune_event(
         "revived": int((keep & ~before).sum()),
         "ranks": {m.name: int(m.live.sum()) for m in modules},
         "importance_kept": five_numbers(scores[keep]),
-        "importance_cut": five_numbers(scores[~keep]),
+        "importance_cut": five_numbers(scores[~keep & (scores >= 0)]),
     }
 
 

@@ -78,14 +78,21 @@ class OwnScore:
             )
 
     def check(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Refuse scores that were never written, or are not finite.
+        """Refuse scores that were never written, are negative, or are not finite.
 
         Raises:
-            ValueError: all are 0.
+            ValueError: all are 0, or one is below 0, where components that were pruned stand.
             FloatingPointError: one is NaN or infinite.
         """
         check_not_all_zero(modules, step=step, cause="your score function wrote into no module.ema")
         check_importance(modules, step=step, cause="your score function")
+        lowest = min((m for m in modules if m.rank), key=lambda m: float(m.ema.min()))
+        if float(lowest.ema.min()) < 0:
+            raise ValueError(
+                f"score wrote {float(lowest.ema.min()):.3g} into module.ema of {lowest.name!r} at step "
+                f"{step}: scores must be 0 or more, the most important highest. Add a constant, or take "
+                "absolute values."
+            )
 
 
 class ImportanceScore:

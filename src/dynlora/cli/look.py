@@ -40,6 +40,7 @@ def export(
     pad_to: str,
     dtype: str | None,
     base: str | None,
+    model_class: str | None,
     verify: bool,
     as_json: bool,
 ) -> int:
@@ -48,55 +49,77 @@ def export(
 
     from dynlora.cli.terminal import quiet_libraries
     from dynlora.export import export_adapter
-    from dynlora.report.adapter_file import inspect_adapter
 
     if pad_to != "auto" and not pad_to.isdigit():
         raise ValueError(f"--pad-to {pad_to!r} must be a rank such as 8, 16, 32, 64, or 'auto'.")
     folder = output or adapter.with_name(f"{adapter.resolve().name}-{to}")
     verb = "Wrote over" if folder.is_dir() and any(folder.iterdir()) else "Wrote"
-    with quiet_libraries():
-        done = export_adapter(
-            adapter,
-            folder,
-            to=to,  # type: ignore[arg-type]  # typer has checked it
-            pad_to=None if pad_to == "auto" else int(pad_to),
-            dtype=getattr(torch, dtype) if dtype else None,
-            base=base,
-            verify=verify,
-        )
+    try:
+        with quiet_libraries():
+            done = export_adapter(
+                adapter,
+                folder,
+                to=to,  # type: ignore[arg-type]  # typer has checked it
+                pad_to=None if pad_to == "auto" else int(pad_to),
+                dtype=getattr(torch, dtype) if dtype else None,
+                base=base,
+                model_class=model_class,
+                verify=verify,
+            )
+    except RuntimeError as error:
+        print_error(f"check failed: {error}")
+        return FAILED
     if as_json:
         print_json(dataclasses.asdict(done))
     else:
-        rank = f"ranks up to {done.max_rank}" if to != "uniform" else f"rank {done.max_rank}"
-        lines = [
-            f"{verb} {done.folder}: {to}, {done.modules} modules, {rank}, "
-            f"{done.num_bytes:,} bytes, {done.seconds:.1f} s",
-        ]
-        if done.dead_modules and to == "ragged":
-            lines.append(f"{done.dead_modules} modules of rank 0 are excluded")
-        if done.max_difference is not None:
-            lines.append(
-                f"Against the source: max |Δ outputs| {done.max_difference:.2g}, of outputs up to "
-                f"{done.max_output:.3g}"
-            )
-        if to != "merged":
-            facts = inspect_adapter(done.folder)
-            lines += [f"Served by {', '.join(facts.served_by)}", *filter(None, [facts.note])]
-        Console().print(Text("\n".join(lines)))
+        Console().print(Text("\n".join(_export_lines(done, verb))))
     limit = VERIFY_TOLERANCE * (done.max_output or 0)
-    if done.max_difference is not None and not done.max_difference <= limit:
+    if to != "merged" and done.max_difference is not None and not done.max_difference <= limit:
         print_error(f"check failed: outputs differ by {done.max_difference:.2g}")
         return FAILED
     return 0
 
 
+def _export_lines(done: Any, verb: str) -> list[str]:
+    from dynlora.report.inspection import inspect_adapter
+
+    sizes = f"{_megabytes(done.source_bytes)} -> {_megabytes(done.num_bytes)}"
+    padding = f", every module padded to rank {done.max_rank}" if done.form == "uniform" else ""
+    lines = [f"{verb} {done.folder}: {done.form}, {sizes}{padding}"]
+    if done.form == "ragged":
+        lines.append(f"{done.modules} modules, ranks up to {done.max_rank}")
+        if done.pruned_modules:
+            lines.append(f"{done.pruned_modules} modules of rank 0 are left out")
+    if done.max_difference is not None:
+        lines.append(
+            f"Against the source: max |Δ outputs| {done.max_difference:.2g}, of outputs up to "
+            f"{done.max_output:.3g}"
+        )
+    lines += [done.note] if done.note else []
+    if done.form != "merged":
+        facts = inspect_adapter(done.folder)
+        lines += [f"Served by {', '.join(facts.served_by)}", *filter(None, [facts.note])]
+    return lines
+
+
+def _megabytes(num_bytes: int) -> str:
+    """Bytes for people.
+
+    >>> _megabytes(512), _megabytes(81_000), _megabytes(8_100_000)
+    ('512 bytes', '81 kB', '8.1 MB')
+    """
+    if num_bytes < 1000:
+        return f"{num_bytes} bytes"
+    return f"{num_bytes / 1e3:.3g} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.3g} MB"
+
+
 def inspect(path: Path, *, effective: bool, as_json: bool) -> int:
     """Say what an adapter folder holds."""
-    from dynlora.report.adapter_file import inspect_adapter
+    from dynlora.report.inspection import inspect_adapter
 
     facts = inspect_adapter(path, effective=effective)
     if as_json:
-        print_json(dataclasses.asdict(facts) | {"saving": facts.saving})
+        print_json(dataclasses.asdict(facts))
     else:
         console = Console()
         console.print(_facts_view(facts, width=console.width))
@@ -187,19 +210,22 @@ def _facts_view(facts: Any, *, width: int) -> RenderableType:
     table.add_row("file", f"{facts.num_bytes:,} bytes; tensors beside the LoRA: {facts.heads}")
     low, high = facts.scales
     table.add_row("scaling", f"{low:g}" if low == high else f"{low:g} to {high:g}")
-    table.add_row("served by", ", ".join(facts.served_by))
+    table.add_row("served by", ", ".join(facts.served_by) or "nothing as it is")
     if facts.note:
         table.add_row("", facts.note)
-    if facts.saving is not None:
-        kept = sum(facts.effective_ranks.values())
+    for size in facts.sizes:
         table.add_row(
-            "effective", f"{kept:,} of {total:,} components hold 99 % of each update's squared norm: "
-            f"a dynamic budget could save {facts.saving:.0%}",
+            f"{size.share * 100:.0f} % of energy", f"{size.num_parameters:,} parameters "
+            f"({100 * size.num_parameters / max(1, facts.num_parameters):.0f} %), "
+            f"{size.components:,} of {total:,} components",
         )  # fmt: skip
+    if facts.sizes:
+        table.add_row("", "energy is Σσ² over the model, not loss: dynlora shrink measures that")
     shown = facts.effective_ranks or facts.ranks
     largest = max([1, facts.init_r or 0, *facts.ranks.values()])
     of = "at most" if facts.init_r is None else "at the start"
-    return Group(table, Text(), rank_grid(shown, init_r=largest, width=width, of=of))
+    title = Text("ranks that hold 95 % of the energy", style="dim") if facts.sizes else Text()
+    return Group(table, title, rank_grid(shown, init_r=largest, width=width, of=of))
 
 
 def _rank_spread(ranks: Sequence[int]) -> str:

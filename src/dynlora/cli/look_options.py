@@ -35,11 +35,15 @@ def export(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Base model's folder.", show_default="as ADAPTER says"),
+        typer.Option(metavar="BASE", help="Base model: folder or id.", show_default="ADAPTER's"),
+    ] = None,
+    model_class: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Class that loads the base.", show_default="by task"),
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", metavar="", help="Load both with stock PEFT; compare outputs."),
+        typer.Option("--verify", metavar="", help="Load both and compare outputs."),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -48,7 +52,7 @@ def export(
 
     ragged: every module with its own rank (PEFT, transformers, vLLM,
     diffusers). uniform: one rank, padded with zeros (llama.cpp, SGLang,
-    TGI, LoRAX). merged: the base model's weights with the update in them.
+    TGI, LoRAX). merged: the whole model, by PEFT's merge, always verified.
 
     For instance: dynlora export out --to uniform --verify
     dynlora export out --to merged --base models/roberta-base
@@ -58,6 +62,7 @@ def export(
     from dynlora.cli import look
 
     options = {"to": to, "output": output, "pad_to": pad_to, "dtype": dtype, "base": base}
+    options["model_class"] = model_class
     raise typer.Exit(
         look.guarded(
             lambda: look.export(adapter, **options, verify=verify, as_json=as_json),  # type: ignore[arg-type]  # checked by typer
@@ -70,7 +75,7 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
     effective: Annotated[
         bool,
-        typer.Option("--effective", metavar="", help="Measure effective ranks (reads weights)."),
+        typer.Option("--effective", metavar="", help="Sizes by energy (reads weights)."),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -78,8 +83,8 @@ def inspect(
     """Say what an adapter holds, whoever trained it, and what can serve it.
 
     Reads its config and the header of its weights; no base model.
-    --effective shows how many components a LoRA really uses, and so what
-    a dynamic budget could save.
+    --effective says what share of the update, by singular values, a
+    smaller adapter would hold.
 
     For instance: dynlora inspect out
     dynlora inspect some-lora --effective --json

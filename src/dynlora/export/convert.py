@@ -4,16 +4,19 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 
-from dynlora.export.base_files import BaseFiles, name_map, open_base, weight_key
+from dynlora.adapter_files.folder import checked_source, read_config
+from dynlora.adapter_files.format import CONFIG_FILE, WEIGHTS_FILE
+from dynlora.adapter_files.updates import Adapter, read
+from dynlora.export import models
 from dynlora.export.folder import checked_folder, write_adapter
-from dynlora.export.layout import Shapes, ragged, uniform
-from dynlora.export.merged import write_merged
-from dynlora.export.source import PlainAdapter, read_adapter, recorded_labels
-from dynlora.export.verify import compare_outputs
+from dynlora.export.forms import ragged, refuse_rewriting_start, uniform
+from dynlora.export.merge import write_merged
 
 Form = Literal["ragged", "uniform", "merged"]
 
@@ -25,29 +28,31 @@ class Export:
     Attributes:
         folder: where.
         form: ragged, uniform or merged.
-        modules: adapted modules with at least one component.
-        dead_modules: adapted modules of rank 0.
-        max_rank: largest rank that is written; of the source, for merged.
-        num_parameters: of the LoRA, without heads; zeros of padding included.
-        num_bytes: of all files in the folder.
-        seconds: wall time, without verification.
+        modules: adapted modules with at least one component; None for merged.
+        pruned_modules: modules of rank 0, as far as they are known; None for merged.
+        max_rank: largest rank that is written; None for merged.
+        num_parameters: of the LoRA, without heads, zeros of padding included; None for merged.
+        source_bytes, num_bytes: of config and weights that were read, and of all files written.
+        seconds: wall time.
         max_difference: of outputs against the source; None if not verified.
         max_output: largest absolute output of the source, which the difference is to be seen against.
+        note: what else is to be known; empty if nothing.
     """
 
     folder: str
     form: Form
-    modules: int
-    dead_modules: int
-    max_rank: int
-    num_parameters: int
+    modules: int | None
+    pruned_modules: int | None
+    max_rank: int | None
+    num_parameters: int | None
+    source_bytes: int
     num_bytes: int
     seconds: float
     max_difference: float | None = None
     max_output: float | None = None
+    note: str = ""
 
 
-# Long for its docstring: the one door of the room, whose arguments and errors a caller must know.
 def export_adapter(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -56,66 +61,64 @@ def export_adapter(
     pad_to: int | None = None,
     dtype: torch.dtype | None = None,
     base: str | None = None,
+    model_class: str | None = None,
     verify: bool = False,
 ) -> Export:
     """Write an adapter folder in another form; the source is not changed.
 
     Args:
-        source: folder of a native checkpoint, a finished adapter, or any plain LoRA.
+        source: folder of a checkpoint, a finished adapter, or any plain LoRA.
         output: folder to write to, another than ``source``.
         to: ragged (own rank in every module: PEFT, transformers, vLLM, diffusers), uniform (one padded
-            rank: llama.cpp, SGLang, TGI, LoRAX, MLX, older vLLM), or merged (a whole model).
+            rank: llama.cpp, SGLang, TGI, LoRAX, MLX, older vLLM), or merged (a whole model, by PEFT's
+            merge).
         pad_to: common rank of uniform; None takes the next of 8, 16, 32, 64, …
         dtype: of what is written; None keeps the source's, or the base's.
-        base: folder (or, for verification, hub id) of the base model; the one that the adapter names,
-            if not given.
-        verify: whether to load source and export with stock PEFT and compare their outputs.
+        base: folder or hub id of the base model; the one that the adapter names, if not given.
+        model_class: of transformers, which loads the base; found from task and config if not given.
+        verify: whether to load source and export and compare their outputs on made-up inputs. A merged
+            model is always verified.
 
     Raises:
         ValueError: source and output are one folder, the source cannot be exported, or an option does
             not belong to the form.
         FileNotFoundError: the source, or the base model that is needed, is not there.
         NotADirectoryError: ``output`` is a file.
+        RuntimeError: a merged model does not compute what the adapter on its base does.
     """
     start = time.perf_counter()
-    folder = checked_folder(output)
-    if folder.resolve() == Path(source).resolve():
+    folder, source = checked_folder(output), checked_source(Path(source))
+    if folder.resolve() == source.resolve():
         raise ValueError(f"output={str(output)!r} is the source; name another folder.")
     if pad_to is not None and to != "uniform":
         raise ValueError(f"pad_to={pad_to} belongs to the form uniform, not to {to}.")
-    adapter = read_adapter(source)
-    base = base or adapter.fields.get("base_model_name_or_path")
-    parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
-    largest = max(adapter.ranks.values())
+    base = base or read_config(source).get("base_model_name_or_path")
+    facts: dict[str, Any] = dict.fromkeys(
+        ("modules", "pruned_modules", "max_rank", "num_parameters")
+    )
     if to == "merged":
-        labels = recorded_labels(source)
-        write_merged(adapter, open_base(_named(base)), folder, dtype=dtype, labels=labels)
+        done = write_merged(source, _named(base), folder, dtype=dtype, class_name=model_class)
+        facts |= vars(done)
     else:
+        adapter = read(source)
+        refuse_rewriting_start(adapter)
         if to == "ragged":
-            config, tensors = ragged(adapter, dtype=dtype)
+            config, tensors, left_out = ragged(adapter)
         else:
-            shapes = _base_shapes(adapter, base)
-            config, tensors = uniform(adapter, rank=pad_to, shapes=shapes, dtype=dtype)
-        write_adapter(folder, config, tensors)
-        parameters = sum(t.numel() for key, t in tensors.items() if ".lora_" in key)
-        largest = config.r
-    seconds = time.perf_counter() - start
-    difference = largest_output = None
-    if verify:
-        difference, largest_output = compare_outputs(
-            adapter, Path(source), folder, base=_named(base), merged=to == "merged"
-        )
+            pruned = models.zero_updates(adapter, base, model_class)
+            config, tensors, left_out = uniform(adapter, pruned, rank=pad_to)
+        write_adapter(folder, config, {k: _as(t, dtype) for k, t in tensors.items()}, left_out)
+        facts |= _figures(adapter, config, tensors)
+        if verify:
+            difference, largest = _compared(adapter, folder, _named(base), model_class)
+            facts |= {"max_difference": difference, "max_output": largest}
     return Export(
         folder=str(folder),
         form=to,
-        modules=len(adapter.factors),
-        dead_modules=len(adapter.dead),
-        max_rank=largest,
-        num_parameters=parameters,
+        source_bytes=sum((source / n).stat().st_size for n in (CONFIG_FILE, WEIGHTS_FILE)),
         num_bytes=sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
-        seconds=round(seconds, 3),
-        max_difference=difference,
-        max_output=largest_output,
+        seconds=round(time.perf_counter() - start, 3),
+        **facts,
     )
 
 
@@ -127,17 +130,37 @@ def _named(base: str | None) -> str:
     return base
 
 
-def _base_shapes(adapter: PlainAdapter, base: str | None) -> Shapes:
-    """Weight shapes of modules of rank 0, from the base's headers; {} where it is not at hand."""
-    if not adapter.dead or not base or not Path(base).is_dir():
-        return {}
-    files = open_base(base)
-    rule, _ = name_map(adapter.factors, files)
-    return {n: s for n in adapter.dead if (s := _shape(weight_key(n, rule, files), files))}
+def _figures(
+    adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    factors = {key: t for key, t in tensors.items() if ".lora_" in key}
+    written = sum("lora_A" in key or "lora_embedding_A" in key for key in factors)
+    adapted = {*(u.name for u in adapter.updates), *adapter.pruned}
+    live = sum(bool(u.contributing().any()) for u in adapter.updates)
+    return {
+        "modules": written,
+        "pruned_modules": len(adapted) - live,
+        "max_rank": config["r"],
+        "num_parameters": sum(t.numel() for t in factors.values()),
+    }
 
 
-def _shape(key: str | None, base: BaseFiles) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    if key is None:
-        return None
-    out, *inner = base.specs(base.shard_of[key])[key].shape
-    return tuple(inner), (out, *[1] * (len(inner) - 1))
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    cast = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    return cast.contiguous()
+
+
+def _compared(
+    adapter: Adapter, exported: Path, base: str, class_name: str | None
+) -> tuple[float, float]:
+    """Largest difference of the outputs of source and export on the base in fp32, and largest output."""
+    config = models.base_config(base)
+    build = models.model_class(adapter.stored, config, class_name)
+    options = models.label_options({k: tuple(t.shape) for k, t in adapter.others.items()}, config)
+
+    def loaded(folder: Path) -> Tensor:
+        model = build.from_pretrained(base, dtype=torch.float32, **options)
+        return models.outputs(PeftModel.from_pretrained(model, str(folder)))
+
+    expected = loaded(adapter.folder)
+    return float((loaded(exported) - expected).abs().max()), float(expected.abs().max())

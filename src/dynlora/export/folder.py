@@ -5,14 +5,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynlora.export.source import CONFIG_FILE, WEIGHTS_FILE
+from dynlora.adapter_files.format import CONFIG_FILE, PRUNED, WEIGHTS_FILE
 
 _EVERYWHERE = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules",
@@ -55,21 +56,37 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """A PEFT adapter folder: config and weights."""
-    with whole_folder(folder) as temporary:
-        save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(str(temporary))
-        _trim_config(temporary / CONFIG_FILE)
+def write_adapter(
+    folder: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    pruned: Collection[str] = (),
+) -> None:
+    """A PEFT adapter folder: config and weights.
 
+    Config fields that newer PEFTs added and that say nothing are left out: older ones warn about them.
 
-def _trim_config(path: Path) -> None:
-    """Leave out fields that newer PEFTs added and that say nothing: older ones warn about them."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    defaults = LoraConfig().to_dict() | {"peft_version": stored.get("peft_version")}
+    Args:
+        folder: to write to.
+        fields: of the config.
+        tensors: by key.
+        pruned: modules of rank 0, noted for a later export; the config cannot tell them from what the
+            user excluded.
+    """
+    defaults = LoraConfig().to_dict()
     kept = {
-        name: value
-        for name, value in stored.items()
+        name: sorted(value) if isinstance(value, set) or _is_unordered(name, value) else value
+        for name, value in fields.items()
         if name in _EVERYWHERE or value != defaults.get(name)
     }
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    kept.pop("peft_version", None)
+    with whole_folder(folder) as temporary:
+        note = {PRUNED: json.dumps(sorted(pruned))} if pruned else {}
+        save_file(dict(tensors), temporary / WEIGHTS_FILE, metadata={"format": "pt"} | note)
+        text = json.dumps(kept, indent=2, sort_keys=True, default=str) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _is_unordered(name: str, value: object) -> bool:
+    """Whether PEFT keeps the field as a set, which it writes in another order each time."""
+    return name in {"target_modules", "exclude_modules"} and isinstance(value, list)

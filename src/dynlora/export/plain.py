@@ -2,19 +2,21 @@
 
 import copy
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dynlora.adapter_files.format import OUT_PROJECTION, PREFIX, factor_key, group_of, parse_key
 from dynlora.allocator.processes import is_first_process
 from dynlora.export.folder import checked_folder, write_adapter
-from dynlora.export.source import PREFIX
 from dynlora.gated.adapter import plain_config
 from dynlora.gated.config import DynLoraConfig
 from dynlora.gated.fold import fold_all
-from dynlora.gated.layer import OUT_PROJECTION, GatedComponents
+from dynlora.gated.layer import GatedComponents
 from dynlora.lora.components import (
     Factor,
     LoraComponents,
@@ -51,7 +53,8 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | N
     folder = checked_folder(path)
     config, tensors = plain_lora(model, adapter)
     if is_first_process():
-        write_adapter(folder, config, tensors)
+        written = {parsed.module for key in tensors if (parsed := parse_key(key))}
+        write_adapter(folder, config.to_dict(), tensors, _pruned(model, adapter, written))
     return folder
 
 
@@ -73,9 +76,20 @@ def plain_lora(
     else:
         config, tensors = _without_zeros(model, trained, modules, tensors)
     config.inference_mode = True
-    return config, {
-        key: full_tensor(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()
+    return config, {  # copies: PEFT names one bias twice with bias="all", and files hold no aliases
+        key: full_tensor(tensor).detach().cpu().contiguous().clone()
+        for key, tensor in tensors.items()
     }
+
+
+def _pruned(model: nn.Module, adapter: str | None, written: Collection[str]) -> list[str]:
+    """Modules of the adapter without tensors, and LoRA layers that no adapter is left in."""
+    name, _ = find_adapter(model, adapter)
+    found = {m.path for m in find_components(model, name)}
+    for path, layer in unwrapped(model).named_modules():
+        if isinstance(layer, LoraLayer) and not (layer.lora_A or layer.lora_embedding_A):
+            found.add(without_wrappers(path))
+    return sorted({group_of(path) for path in found} - {group_of(path) for path in written})
 
 
 def _folded(
@@ -93,9 +107,8 @@ def _folded(
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}
     embeddings = {m.name for m in layers if hasattr(m.layer, "lora_c")}
     for name in (n for n, r in ranks.items() if r):
-        keys = ("embedding_A", "embedding_B") if name in embeddings else ("A.weight", "B.weight")
-        for key, factor in zip(keys, folded[name], strict=True):
-            tensors[f"{PREFIX}{name}.lora_{key}"] = factor
+        for part, factor in zip("AB", folded[name], strict=True):
+            tensors[factor_key(name, part, is_embedding=name in embeddings)] = factor
     return config, tensors
 
 

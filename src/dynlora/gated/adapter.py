@@ -7,13 +7,14 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from dynlora.adapter_files.format import OUT_PROJECTION
+from dynlora.adapter_files.plain_config import exact_key
 from dynlora.allocation import Settings
 from dynlora.gated.config import DynLoraConfig, plain_lora_fields
 from dynlora.gated.guard import stop_waiting
-from dynlora.gated.layer import OUT_PROJECTION
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
-from dynlora.lora.configs import module_key, swap_config_, target_fields
+from dynlora.lora.configs import swap_config_, target_fields
 
 
 class GatedAdapter(LoraAdapter):
@@ -74,7 +75,7 @@ class GatedAdapter(LoraAdapter):
 def with_one_component(config: DynLoraConfig, name: str) -> DynLoraConfig:
     """A copy of ``config`` by which PEFT, which refuses rank 0, can build module ``name``."""
     built = copy.copy(config)
-    built.rank_pattern = {module_key(name): 1}
+    built.rank_pattern = {exact_key(name): 1}
     return built
 
 
@@ -96,7 +97,7 @@ def plain_config(model: nn.Module, config: DynLoraConfig, ranks: Mapping[str, in
             "model has no live component: every gate is 0, so the adapter equals the base model. Train "
             "it first (the first optimizer step moves the gates away from 0)."
         )
-    pattern = {module_key(n): r for n, r in ranks.items() if 0 < r < largest}
+    pattern = {exact_key(n): r for n, r in ranks.items() if 0 < r < largest}
     fields = plain_lora_fields(config) | {
         "r": largest,
         "lora_alpha": largest,
@@ -122,9 +123,9 @@ def ragged_config(config: DynLoraConfig, modules: Sequence[LoraComponents]) -> D
         if name not in named or half.rank > named[name].rank:
             named[name] = half
     ragged = copy.copy(config)
-    ragged.rank_pattern = {module_key(n): m.rank for n, m in named.items()}
+    ragged.rank_pattern = {exact_key(n): m.rank for n, m in named.items()}
     ragged.alpha_pattern = {  # a module of rank 0 is built with one component, to the same scaling
-        module_key(n): m.layer.lora_alpha[m.adapter] if m.rank else m.layer.scaling[m.adapter]
+        exact_key(n): m.layer.lora_alpha[m.adapter] if m.rank else m.layer.scaling[m.adapter]
         for n, m in named.items()
     }
     return ragged

@@ -5,9 +5,7 @@ adapter on to the base model. Here a folder that is damaged, made for another mo
 is refused while the model is still as it was.
 """
 
-import json
 import pickle
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
@@ -21,16 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dynlora.adapter_files.folder import read_config
+from dynlora.adapter_files.format import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    is_unknown_part,
+    parse_key,
+)
 from dynlora.errors import AdapterFileError
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-MAX_CONFIG_BYTES = 2**24
-_ENTRY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)\.lora_(?P<part>[^.]+(?:\.\w+)?)$")
-_PARTS = {
-    "A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B", "A.c": "c", "c": "c",
-    "ema": "ema", "live": "live",
-}  # fmt: skip
 _RANK_DIM = {"A": 0, "B": 1, "c": 0, "ema": 0, "live": 0}
 
 
@@ -54,36 +52,10 @@ def read_folder(folder: Path) -> StoredAdapter | None:
         AdapterFileError: files are missing, damaged or inconsistent.
     """
     fields = read_config(folder)
-    has_weights = any((folder / n).exists() for n in (WEIGHTS_NAME, PICKLE_NAME))
+    has_weights = any((folder / n).exists() for n in (WEIGHTS_FILE, PICKLE_FILE))
     if not has_weights and not fields.get("inference_mode"):
         return None  # PEFT sets inference_mode wherever it writes weights
     return check_tensors(_read_weights(folder))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of adapter_config.json, as plain data.
-
-    Raises:
-        AdapterFileError: it is not JSON object, or absurdly large.
-    """
-    path = folder / CONFIG_NAME
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterFileError(
-            f"{CONFIG_NAME} has {path.stat().st_size} bytes, the limit is {MAX_CONFIG_BYTES}: it is not "
-            "an adapter's config. Download the folder again."
-        )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{CONFIG_NAME} is not JSON ({type(error).__name__}): the file is damaged. Download the "
-            "folder again."
-        ) from error
-    if not isinstance(fields, dict):
-        raise AdapterFileError(
-            f"{CONFIG_NAME} holds a {type(fields).__name__}, not an object: it is not an adapter's config."
-        )
-    return fields
 
 
 def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
@@ -105,29 +77,29 @@ def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
             type_validator(name, value, hints[name])
         except (TypeError, ValueError) as error:
             raise AdapterFileError(
-                f"{CONFIG_NAME} holds {name}={reprlib.repr(value)}, a {type(value).__name__} where PEFT "
+                f"{CONFIG_FILE} holds {name}={reprlib.repr(value)}, a {type(value).__name__} where PEFT "
                 "expects another type: the file is damaged. Download the folder again."
             ) from error
     if fields.get("megatron_core") not in {None, "megatron.core"}:
         raise AdapterFileError(
-            f"{CONFIG_NAME} asks to import megatron_core={fields['megatron_core']!r}: an adapter must not "
+            f"{CONFIG_FILE} asks to import megatron_core={fields['megatron_core']!r}: an adapter must not "
             "choose which code runs. Remove the field."
         )
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path, pickled = folder / WEIGHTS_NAME, folder / PICKLE_NAME
+    path, pickled = folder / WEIGHTS_FILE, folder / PICKLE_FILE
     if not path.is_file() and pickled.is_file():
         return _read_pickle(pickled)
     if not path.is_file():
         raise AdapterFileError(
-            f"folder holds no {WEIGHTS_NAME}. Save the adapter with save_pretrained, which writes it."
+            f"folder holds no {WEIGHTS_FILE}. Save the adapter with save_pretrained, which writes it."
         )
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(
-            f"{WEIGHTS_NAME} is not a safetensors file ({error}): it is truncated, damaged or something "
+            f"{WEIGHTS_FILE} is not a safetensors file ({error}): it is truncated, damaged or something "
             "else under this name. Download the folder again."
         ) from error
 
@@ -138,12 +110,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise AdapterFileError(
-            f"{PICKLE_NAME} holds something else than tensors ({type(error).__name__}): it may run "
+            f"{PICKLE_FILE} holds something else than tensors ({type(error).__name__}): it may run "
             "code and is refused. Ask for the adapter as safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(
-            f"{PICKLE_NAME} holds no tensors by name. Ask for the adapter as safetensors."
+            f"{PICKLE_FILE} holds no tensors by name. Ask for the adapter as safetensors."
         )
     return tensors
 
@@ -160,19 +132,18 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> StoredAdapter:
     modules: dict[str, dict[str, Tensor]] = {}
     others = []
     for key, tensor in tensors.items():
-        match = _ENTRY.match(key)
-        if match is None:
-            others.append(key)
-            continue
-        part = _PARTS.get(match["part"])
-        if part is None:
+        if is_unknown_part(key):
             raise AdapterFileError(
                 f"entry {key!r} is unknown: the adapter uses a variant of LoRA, or was written by a newer "
                 "dynlora. Upgrade, or export it as a plain LoRA with the version that wrote it."
             )
-        modules.setdefault(match["module"], {})[part] = tensor
+        parsed = parse_key(key)
+        if parsed is None:
+            others.append(key)
+        else:
+            modules.setdefault(parsed.module, {})[parsed.part] = tensor
     if not modules:
-        raise AdapterFileError(f"{WEIGHTS_NAME} holds no adapter: there is no lora_ entry in it.")
+        raise AdapterFileError(f"{WEIGHTS_FILE} holds no adapter: there is no lora_ entry in it.")
     for name, parts in modules.items():
         _check_module(name, parts)
     shapes = {

@@ -7,9 +7,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from dynlora.adapter_files.format import CONFIG_FILE, OUT_PROJECTION, WEIGHTS_FILE
 from dynlora.errors import AdapterFileError
-from dynlora.gated.adapter_file import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
-from dynlora.gated.layer import OUT_PROJECTION
+from dynlora.gated.adapter_file import StoredAdapter
 from dynlora.lora.configs import targetable_names
 
 MAX_RANK = 1024
@@ -33,7 +33,7 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
     if config.target_modules is None or config.target_modules == "all-linear":
         raise AdapterFileError(
             f"target_modules={config.target_modules!r} is not a list of modules: PEFT writes their names. "
-            f"{CONFIG_NAME} is damaged."
+            f"{CONFIG_FILE} is damaged."
         )
     present = {
         name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -129,7 +129,7 @@ def _is_targeted(config: Any, name: str) -> bool:
         return not saved and bool(check_target_module_exists(config, name))
     except re.error as error:
         raise AdapterFileError(
-            f"target_modules, exclude_modules or layers_pattern of {CONFIG_NAME} is not a regular "
+            f"target_modules, exclude_modules or layers_pattern of {CONFIG_FILE} is not a regular "
             f"expression ({error}): it is damaged."
         ) from error
 
@@ -137,7 +137,7 @@ def _is_targeted(config: Any, name: str) -> bool:
 def _check_rank(name: str, module: nn.Module, config: Any, stored: StoredAdapter) -> None:
     if name not in stored.shapes:
         raise AdapterFileError(
-            f"module {name!r} is targeted, but {WEIGHTS_NAME} holds nothing for it: config and weights are "
+            f"module {name!r} is targeted, but {WEIGHTS_FILE} holds nothing for it: config and weights are "
             "of different adapters. Download the folder again."
         )
     try:
@@ -149,7 +149,7 @@ def _check_rank(name: str, module: nn.Module, config: Any, stored: StoredAdapter
     limit = max(MAX_RANK, *(_widths(module) or ()))
     if rank > limit:
         raise AdapterFileError(
-            f"module {name!r} has rank {rank} in the config, more than {limit}: {CONFIG_NAME} is "
+            f"module {name!r} has rank {rank} in the config, more than {limit}: {CONFIG_FILE} is "
             "damaged or made to exhaust the memory."
         )
 

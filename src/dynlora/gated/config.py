@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args, get_type_hints
 from peft import LoraConfig
 
 from dynlora._private import extended_peft_type
+from dynlora.adapter_files.folder import read_config
+from dynlora.adapter_files.format import CONFIG_FILE
 from dynlora.allocation import PAPER, Settings
 from dynlora.allocation.settings import is_integer, is_number
-from dynlora.gated.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
+from dynlora.gated.adapter_file import check_fields, read_folder
 
 _AUTO_START = 16
 _EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
@@ -136,7 +138,7 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         stored = None
-        if (folder / CONFIG_NAME).is_file():
+        if (folder / CONFIG_FILE).is_file():
             checked_later = {f.name for f in dataclasses.fields(Settings)}
             hints = {k: v for k, v in get_type_hints(cls).items() if k not in checked_later}
             check_fields(read_config(folder), hints)

@@ -15,10 +15,11 @@ from peft.tuners.lora import layer as lora
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from dynlora.adapter_files.format import OUT_PROJECTION
 from dynlora.gated.adapter import plain_config
 from dynlora.gated.config import DynLoraConfig
 from dynlora.gated.guard import stop_waiting
-from dynlora.gated.layer import OUT_PROJECTION, EmbeddingGate, GatedComponents, can_drop
+from dynlora.gated.layer import EmbeddingGate, GatedComponents, can_drop
 from dynlora.gated.model import DynLoraModel
 from dynlora.lora.components import (
     find_adapter,

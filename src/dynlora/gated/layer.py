@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from dynlora._private import BufferDict
 from dynlora.lora.components import Factor, LoraComponents, note_layer_rank_, replace_data_
 
-OUT_PROJECTION = ".base_layer.out_proj"
-"""Where PEFT keeps the second half of MultiheadAttention, which no pattern can name."""
-
 BUFFERS = ("lora_ema", "lora_live")
 _gated: dict[type, type] = {}
 _dynlora: dict[type, type] = {}

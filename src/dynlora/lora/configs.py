@@ -15,10 +15,9 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from dynlora.adapter_files.format import REWRITING_STARTS
+from dynlora.adapter_files.plain_config import exact_key
 from dynlora.lora.components import LoraComponents, unwrapped, without_wrappers
-
-_REWRITES_BASE = ("pissa", "olora", "corda", "orthogonal", "lora_ga", "loftq")
-"""Starts that subtract the adapter's first update from the base weights, or round them."""
 
 
 def rewrites_base(config: LoraConfig) -> bool:
@@ -28,12 +27,18 @@ def rewrites_base(config: LoraConfig) -> bool:
     load, by the ranks in the config: they must stay those of the start.
     """
     start = config.init_lora_weights
-    return isinstance(start, str) and start.startswith(_REWRITES_BASE)
+    return isinstance(start, str) and start.startswith(REWRITING_STARTS)
 
 
-def module_key(name: str) -> str:
-    """The pattern key that matches one module only."""
-    return "^" + re.escape(name)
+def recorded_fields(config: LoraConfig) -> dict[str, Any]:
+    """LoraConfig's fields that tell how an adapter was set up, as JSON can say them.
+
+    Those are what differs from PEFT's defaults, and r and lora_alpha in any case.
+    """
+    defaults = LoraConfig().to_dict()
+    fields = {k: v for k, v in config.to_dict().items() if k in defaults}
+    kept = {k: v for k, v in fields.items() if k in {"r", "lora_alpha"} or v != defaults[k]}
+    return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in kept.items()}
 
 
 def ragged_config(
@@ -62,7 +67,7 @@ def ragged_config(
     ragged = copy.copy(config)
     ragged.rank_pattern, ragged.alpha_pattern = {}, {}
     for module in present:
-        key, rank = module_key(module.name), ranks[module.name]
+        key, rank = exact_key(module.name), ranks[module.name]
         alpha = (module.scaling or 1.0) * (rank**0.5 if config.use_rslora else rank)
         if rank != config.r:
             ragged.rank_pattern[key] = rank

@@ -9,8 +9,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dynlora.report.charts import Band, Chart, Line
+from dynlora.report.conclusion import conclusion, lora_rank, metric_label
 from dynlora.report.layout import LayerStack, group_by_stack, shade_of, shade_ranges
-from dynlora.report.recommend import mean_rank_by_kind, recommended_config
+from dynlora.report.recommend import (
+    as_axolotl,
+    as_python,
+    mean_rank_by_kind,
+    ranks_by_kind,
+    same_ranks,
+)
 from dynlora.report.run import Points, RankState, Run
 
 MAX_STATES = 60  # rank maps behind the slider; of more prune events an even choice
@@ -54,10 +61,10 @@ def render_page(runs: Sequence[Run], *, version: str) -> str:
     rows = [summary_row(run) for run in runs]
     return environment.get_template("page.html.j2").render(
         title=_title(runs),
-        tables=[
-            ("The runs in figures" if len(runs) > 1 else "The run in figures", rows),
-            ("By method: mean ± standard deviation over runs", method_rows(runs)),
-        ],
+        conclusions=[(run.name, conclusion(run)) for run in runs],
+        facts=rows,
+        facts_caption="The runs in figures" if len(runs) > 1 else "The run in figures",
+        methods=method_rows(runs),
         charts=[(chart, chart.svg(i)) for i, chart in enumerate(charts)],
         shade_ranges=shade_ranges,
         sections=[
@@ -77,9 +84,12 @@ def summary_row(run: Run) -> dict[str, str]:
     row["state"] = "finished" if run.is_finished else f"at step {_last_step(run):,}"
     if run.states:
         first, last = run.states[0], run.states[-1]
-        row["components"] = f"{sum(first.ranks.values()):,} → {sum(last.ranks.values()):,}"
+        row["components"] = f"{first.live:,} → {last.live:,}"
         row["mean rank"] = f"{_mean(first):.3g} → {_mean(last):.3g}"
-        row["parameters"] = f"{run.parameters_at(first):,} → {run.parameters_at(last):,}"
+        if one := run.parameters_of_rank_one:
+            row["parameters"] = f"{run.parameters_at(first):,} → {run.parameters_at(last):,}"
+            row["as a LoRA of rank"] = f"{lora_rank(run, first):.3g} → {lora_rank(run, last):.3g}"
+            row["LoRA of rank 1"] = f"{one:,} parameters"
     for name in run.metrics():
         row[metric_label(name)] = f"{run.series(name)[-1][1]:.4g}"
     row["time"] = duration(run.seconds)
@@ -113,15 +123,6 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4g}{spread}"
 
 
-def metric_label(name: str) -> str:
-    """What an evaluation measured, in words.
-
-    >>> metric_label("eval_loss"), metric_label("eval_accuracy")
-    ('evaluation loss', 'accuracy')
-    """
-    return "evaluation loss" if name == "eval_loss" else name.removeprefix("eval_")
-
-
 def duration(seconds: float) -> str:
     """Wall time for people.
 
@@ -153,18 +154,10 @@ def _compared(runs: Sequence[Run], key: str, title: str, label: str) -> Chart:
 
 
 def run_charts(run: Run) -> list[Chart]:
-    """What only one run has: budget, importance, revivals, DEM, gates, memory."""
+    """What only one run has: budget, importance, revivals, DEM, memory; of these what there is."""
     charts = [_budget_chart(run), _importance_chart(run), _turnover_chart(run)]
-    for key, title, label in (
-        ("dynlora/dem", "DEM, the penalty on uneven components", "R"),
-        ("dynlora/gate_mean", "Mean size of the live gates", "|c|"),
-    ):
-        points = run.series(key) or [
-            (e["step"], e[key.removeprefix("dynlora/")])
-            for e in run.prunes
-            if key.removeprefix("dynlora/") in e
-        ]
-        charts.append(_single(title, label, points))
+    dem = run.series("dynlora/dem") or [(e["step"], e["dem"]) for e in run.prunes if e.get("dem")]
+    charts.append(_single("DEM, the penalty on uneven components", "R", dem))
     memory = [(step, value / 2**20) for step, value in run.memory]
     charts.append(_single("Memory in use", "MiB", memory))
     return [c for c in charts if any(line.points for line in c.lines)]
@@ -177,32 +170,30 @@ def _single(title: str, label: str, points: Points) -> Chart:
 
 def _budget_chart(run: Run) -> Chart:
     if not run.states:
-        return Chart("Components", "components")
-    total = sum(run.states[0].ranks.values())
-    live: Points = [(s.step, sum(s.ranks.values())) for s in run.states]
-    last_step = run.states[-1].step
-    end = max(run.total_steps, run.states[-1].step)
+        return Chart("Budget", run.unit)
+    total, last = run.states[0].cost, run.states[-1]
+    live: Points = [(s.step, s.cost) for s in run.states]
+    end = max(run.total_steps, last.step)
     planned: Points = [(run.states[0].step, total), *run.schedule]
     if run.schedule:
         planned.append((end, run.schedule[-1][1]))
     if run.is_finished:
         live.append((end, live[-1][1]))
     return Chart(
-        "Components: live against the schedule of Eq. 9",
-        "components",
+        f"Budget in {run.unit}: used, and the schedule of Eq. 9",
+        run.unit,
         [
-            Line("live", live, color=0, is_stepped=True),
+            Line("used", live, color=0, is_stepped=True),
             Line("schedule", planned, color=1, is_stepped=True, is_dashed=True),
         ],
-        summary=f"From {total:,} to {live[-1][1]:,.0f} components by step {last_step:,}.",
+        summary=f"From {total:,} to {last.cost:,} {run.unit} by step {last.step:,}.",
     )
 
 
 _IMPORTANCE_UNITS = {
     "share": "share of the module's update",
     "norm": "norm of the component's update",
-    "gate": "size of the gate",
-    "sensitivity": "|c · ∂L/∂c|",
+    "sensitivity": "⟨b, ∂L/∂b⟩",
     "own": "score of your own function",
 }
 
@@ -213,11 +204,7 @@ def _importance_chart(run: Run) -> Chart:
         told = [(e["step"], e[key]) for e in run.prunes if e.get(key)]
         steps = [step for step, _ in told]
         lines.append(Line(f"{name}: median", [(s, five[2]) for s, five in told], color=color))
-        bands.append(
-            Band(
-                f"{name}: quartiles", steps, [f[1] for _, f in told], [f[3] for _, f in told], color
-            )
-        )
+        bands.append(Band(steps, [f[1] for _, f in told], [f[3] for _, f in told], color))
     return Chart(
         "Importance of kept and cut components",
         _IMPORTANCE_UNITS.get(run.importance, "score"),
@@ -228,13 +215,14 @@ def _importance_chart(run: Run) -> Chart:
 
 
 def _turnover_chart(run: Run) -> Chart:
-    cut = [(e["step"], e.get("cut", 0)) for e in run.prunes]
+    lines = [Line("cut", [(e["step"], e.get("cut", 0)) for e in run.prunes], color=0)]
     revived = [(e["step"], e.get("revived", 0)) for e in run.prunes]
+    if any(n for _, n in revived):
+        lines.append(Line("revived", revived, color=1))
+    counts = [f"{sum(n for _, n in line.points):,.0f} {line.name}" for line in lines]
+    title = "Components cut and revived" if len(lines) > 1 else "Components cut"
     return Chart(
-        "Cut and revived at each prune event",
-        "components",
-        [Line("cut", cut, color=0), Line("revived", revived, color=1)],
-        summary=f"{sum(n for _, n in cut):,} cut and {sum(n for _, n in revived):,} revived in all.",
+        f"{title} at each prune event", "components", lines, summary=f"{', '.join(counts)} in all."
     )
 
 
@@ -243,7 +231,7 @@ def _section(run: Run) -> dict[str, Any]:
     names = list(states[-1].ranks) if states else []
     maps, others = _maps(run, names) if states else ([], [])
     frames = [
-        {"step": s.step, "budget": s.budget, "ranks": [s.ranks.get(n, 0) for n in names]}
+        {"step": s.step, "live": s.live, "ranks": [s.ranks.get(n, 0) for n in names]}
         for s in states
     ]
     return {
@@ -252,9 +240,22 @@ def _section(run: Run) -> dict[str, Any]:
         "others": others,
         "frames": frames,
         "charts": run_charts(run),
-        "advice": recommended_config(run.ranks) if run.states else "",
+        "advice": _advice(run),
         "kinds": list(mean_rank_by_kind(run.ranks).items()),
     }
+
+
+def _advice(run: Run) -> list[tuple[str, str]]:
+    """Texts of configs for the next run, each with a line that says what it is."""
+    if not any(run.ranks.values()):
+        return []
+    exact = same_ranks(run.ranks, run.lora)
+    short = ranks_by_kind(run.ranks, run.lora)
+    texts = [("One rank for each kind of module:", as_python(short))] if short else []
+    texts.append(("Exactly the ranks of this run, module by module:", as_python(exact)))
+    if run.lora.get("task_type") in {None, "CAUSAL_LM"}:
+        texts.append(("The same for axolotl:", as_axolotl(short or exact)))
+    return texts
 
 
 def chosen_states(states: Sequence[RankState]) -> list[RankState]:

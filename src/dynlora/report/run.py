@@ -17,11 +17,16 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class RankState:
-    """Ranks of all modules after a step."""
+    """Ranks of all modules after a step, and what they cost in the unit of the budget."""
 
     step: int
-    budget: int
+    cost: int
     ranks: dict[str, int]
+
+    @property
+    def live(self) -> int:
+        """Components of all modules."""
+        return sum(self.ranks.values())
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Run:
         folder: where it was read from.
         states: ranks at the start and after each prune event; empty for methods without ranks.
         prunes: prune events as the history has them.
-        schedule: step and budget of each planned prune event.
+        unit: what the budget counts, parameters or components.
+        schedule: step and budget of each planned prune event, in that unit.
         window: first and last step of the pruning window, or None.
         total_steps: planned optimizer steps, 0 if unknown.
         logs: step and logged values.
@@ -41,7 +47,8 @@ class Run:
         seconds: wall time of all parts of the run; waiting between them does not count.
         init_r: largest rank at the start, 0 without ranks.
         importance: what components were ranked by; "" where the history does not say.
-        component_sizes: numbers in one component by module name.
+        component_sizes: parameters of one component by module name.
+        lora: fields of the LoraConfig that the run began with; {} where the history does not say.
         is_finished: whether the run came to its end.
         record: run.json, {} if there is none.
     """
@@ -50,6 +57,7 @@ class Run:
     folder: Path
     states: list[RankState] = field(default_factory=list)
     prunes: list[Event] = field(default_factory=list)
+    unit: str = "components"
     schedule: list[tuple[int, int]] = field(default_factory=list)
     window: tuple[int, int] | None = None
     total_steps: int = 0
@@ -59,6 +67,7 @@ class Run:
     init_r: int = 0
     importance: str = ""
     component_sizes: dict[str, int] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
     is_finished: bool = False
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -80,9 +89,14 @@ class Run:
         return seed if isinstance(seed, int) else None
 
     def parameters_at(self, state: RankState) -> int:
-        """Numbers in the adapter's factors, by the ranks of a state."""
+        """Parameters of the adapter's factors, by the ranks of a state."""
         sizes = self.component_sizes
         return sum(rank * sizes.get(name, 0) for name, rank in state.ranks.items())
+
+    @property
+    def parameters_of_rank_one(self) -> int:
+        """Parameters of a LoRA of rank 1 on the same modules; 0 where sizes are not on record."""
+        return sum(self.component_sizes.values())
 
     def series(self, key: str) -> Points:
         """Step and value of one logged name."""
@@ -148,14 +162,14 @@ def _record(file: Path) -> dict[str, Any]:
 def _from_events(events: list[Event], name: str, folder: Path, record: dict[str, Any]) -> Run:
     starts = [e for e in events if e["event"] == "start"]
     first = starts[0] if starts else {}
+    unit = str(first.get("budget", "components"))
+    sizes = dict(first.get("component_sizes", {}))
     prunes = [e for e in events if e["event"] == "prune"]
-    states = [RankState(e["step"], e["budget"], e["ranks"]) for e in prunes if "ranks" in e]
-    if "ranks" in first:
-        ranks = first["ranks"]
-        states.insert(0, RankState(first["step"], sum(ranks.values()), ranks))
+    costs = sizes if unit == "parameters" else {}
+    states = [_state(e, costs) for e in [first, *prunes] if "ranks" in e]
     ends = [e for e in events if e["event"] == "end" and e.get("ranks")]
     if ends and states and ends[-1]["ranks"] != states[-1].ranks:  # the best checkpoint was another
-        states.append(RankState(ends[-1]["step"], ends[-1]["budget"], ends[-1]["ranks"]))
+        states.append(_state(ends[-1], costs))
     logs = [(e["step"], _numbers(e.get("logs", {}))) for e in events if e["event"] == "log"]
     if not events:
         logs = [(e["step"], _numbers(e)) for e in record.get("evaluations", []) if "step" in e]
@@ -164,6 +178,7 @@ def _from_events(events: list[Event], name: str, folder: Path, record: dict[str,
         folder=folder,
         states=states,
         prunes=prunes,
+        unit=unit,
         schedule=[(step, budget) for step, budget in first.get("schedule", [])],
         window=tuple(first["window"]) if "window" in first else None,
         total_steps=int(first.get("total_steps", record.get("steps", 0))),
@@ -172,10 +187,18 @@ def _from_events(events: list[Event], name: str, folder: Path, record: dict[str,
         seconds=_seconds(events) or float(record.get("train_s", 0)),
         init_r=max(first["ranks"].values(), default=0) if "ranks" in first else 0,
         importance=str(first.get("importance", "")),
-        component_sizes=dict(first.get("component_sizes", {})),
+        component_sizes=sizes,
+        lora=dict(first.get("lora", {})),
         is_finished=any(e["event"] == "end" for e in events) or record.get("status") == "done",
         record=record,
     )
+
+
+def _state(event: Event, costs: dict[str, int]) -> RankState:
+    """The ranks that an event tells; each component costs 1 where ``costs`` does not say."""
+    ranks = event["ranks"]
+    cost = sum(rank * costs.get(name, 1) for name, rank in ranks.items())
+    return RankState(event["step"], cost, ranks)
 
 
 def _numbers(logs: dict[str, Any]) -> dict[str, float]:

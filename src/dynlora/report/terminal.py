@@ -7,7 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dynlora.report.page import duration, metric_label, summary_row
+from dynlora.report.conclusion import conclusion, metric_label
+from dynlora.report.page import duration, summary_row
 from dynlora.report.rank_grid import rank_grid
 from dynlora.report.run import Run
 
@@ -15,8 +16,13 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def report_view(runs: Sequence[Run], *, width: int) -> RenderableType:
-    """All runs: facts side by side, then loss and ranks of each, as wide as the terminal at most."""
-    parts: list[RenderableType] = [_facts(runs)]
+    """What came out, figures side by side, loss and ranks of each; as wide as the terminal at most."""
+    parts: list[RenderableType] = []
+    for run in runs:
+        if text := conclusion(run):
+            name = f"{run.name}: " if len(runs) > 1 else ""
+            parts.append(Padding(Text(name + text), (0, 0, 1, 0)))
+    parts.append(_facts(runs))
     for run in runs:
         if len(runs) > 1:
             parts.append(_heading(run.name))

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
-from dynlora.export import export_adapter
+from dynlora.export import export_adapter, export_lora
 from tiny_models import VOCABULARY, adapted, tiny_llama, train
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -19,12 +19,13 @@ NAMES = ("a", "b", "c")
 def folders(tmp_path_factory):
     """Three adapters whose ranks differ, ragged and uniform."""
     root = tmp_path_factory.mktemp("serving")
+    tiny_llama().save_pretrained(root / "base")
     for number, name in enumerate(NAMES):
         model = adapted(tiny_llama, init_r=4 + number, target_r=1 + number)
-        train(model, steps=12, lr=1e-2 * (number + 1)).finalize_()
-        model.save_pretrained(root / "in" / name)
+        train(model, steps=12, lr=1e-2 * (number + 1))
+        export_lora(model, root / "in" / name)
         for form in ("ragged", "uniform"):
-            export_adapter(root / "in" / name, root / form / name, to=form)
+            export_adapter(root / "in" / name, root / form / name, to=form, base=str(root / "base"))
     return root
 
 
