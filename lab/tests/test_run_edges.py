@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dynlora.adapter.components import find_gated_layers
 from dynlora_lab.tasks import interrupt
 from dynlora_lab.tasks import run as run_module
 from dynlora_lab.tasks.interrupt import Interrupted
@@ -34,7 +33,7 @@ def recipe(tmp_path, inputs):
         fixed |= {"eval_strategy": "no", "save_strategy": "no"}
         values = {"task": "text-classification", "model": inputs[0], "method": method}
         values |= {"output": str(tmp_path / output), "data": {"name": inputs[1]}}
-        values |= {"adapter": {"target_r": 2, "init_std": 0.02, "prune_interval": 2}}
+        values |= {"adapter": {"target_r": 2, "prune_interval": 2}}
         return recipe_from({**values, "base": base or {}, "training": {**fixed, **training}})
 
     return make
@@ -51,14 +50,13 @@ def interrupting(step):
     return Listener(on_step=on_step)
 
 
-def test_of_several_processes_the_first_alone_saves_a_gated_adapter_and_its_tokenizer(
+def test_of_several_processes_the_first_alone_saves_a_sharded_adapter_and_its_tokenizer(
     recipe, monkeypatch
 ):
     chosen = recipe()
     prepared, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
     trainer = run_module.make_trainer(chosen, prepared, adapted, training_arguments(chosen), [])
-    for gated in find_gated_layers(adapted.model, "default"):
-        torch.nn.init.ones_(gated.gate)
+    monkeypatch.setattr(run_module, "_is_sharded", lambda _model: True)
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     run_module._save(trainer, chosen, adapted)
     assert not (chosen.output / "tokenizer.json").exists()
