@@ -124,7 +124,9 @@ class RankAllocator:
         self.target_cost = allocation.target_cost(
             self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
         )
-        check_target(self.settings, self.target_cost, self.total_cost, self.modules)
+        self._floors = [max(self.settings.min_r, not m.can_drop) for m in self.modules]
+        needed = sum(f * c for f, c in zip(self._floors, self._costs, strict=True))
+        check_target(self.settings, self.target_cost, self.total_cost, needed, self.modules)
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []
@@ -366,7 +368,7 @@ class RankAllocator:
             [cost for cost, size in zip(self._costs, sizes, strict=True) for _ in range(size)]
         )
         keep = allocation.select_components(
-            scores, costs, self.budget, min_r=self.settings.min_r, sizes=sizes
+            scores, costs, self.budget, floors=self._floors, sizes=sizes
         )
         keep = broadcast_choice(keep, self.present[0].ema.device)
         for module, live in zip(self.modules, keep.split(sizes), strict=True):

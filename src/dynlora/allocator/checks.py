@@ -42,12 +42,29 @@ def known_total_steps(settings: Settings, total_steps: int | None) -> int:
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
 
-def check_target(settings: Settings, target: int, total: int, modules: Sequence[Any]) -> None:
-    """Refuse a target above what the adapter starts with.
+def check_target(
+    settings: Settings, target: int, total: int, needed: int, modules: Sequence[LoraComponents]
+) -> None:
+    """Refuse a target above what the adapter starts with, or below what its modules must keep.
+
+    Args:
+        settings: of the run.
+        target: what ``target_r`` asks for.
+        total: what all components cost.
+        needed: what the components cost that every module keeps.
+        modules: the adapted modules.
 
     Raises:
-        ValueError: ``target_r`` asks for more than all components, or ``min_r`` for more than the target.
+        ValueError: the target is out of this range.
     """
+    if needed > target:
+        fixed = [m.name for m in modules if not m.can_drop]
+        why = f"min_r={settings.min_r}" if settings.min_r else f"{fixed[0]!r} and its like"
+        raise ValueError(
+            f"target_r={settings.target_r} asks for {target} {settings.budget}, but {needed} must stay: "
+            f"{why} ({len(fixed)} of {len(modules)} modules cannot lose their last component: fused "
+            "experts, and modules whose biases are trained). Raise target_r."
+        )
     if target > total:
         ranks = sorted({m.rank for m in modules})
         raise ValueError(
