@@ -134,7 +134,7 @@ class RankAllocator:
         self._copies = AveragedCopies(self.adapter)
         self._masks = Masks([])
         self.optimizer = steppable(optimizer)
-        check_optimizer(self.optimizer, self.modules)
+        check_optimizer(self.optimizer, self.present)
         guard.attach(self)
         self._parameters = [f.parameter for m in self.present for f in m.factors]
         self._adapter.follow_checkpoints()

@@ -232,9 +232,11 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         allocator = self._running()
         if self.freeze_on_stop and not allocator.is_frozen and not self._is_complete:
             allocator.freeze_()
+        cost = allocator.cost  # gated modules are not there to be asked once they are folded
+        is_sharded = any(module.is_sharded for module in allocator.modules)
         self.ranks = allocator.finalize_()
-        self._write_end(allocator)
-        if any(module.is_sharded for module in allocator.modules):
+        self._write_end(allocator, cost)
+        if is_sharded:
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO), so pruned components stay in it as zeros. Call "
                 "export_lora(trainer.model, folder) on every process to write it without them.",
@@ -284,14 +286,14 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self._write("prune", **entry)
         self._written = len(history)
 
-    def _write_end(self, allocator: RankAllocator) -> None:
+    def _write_end(self, allocator: RankAllocator, cost: int) -> None:
         self._write_prune_events()
         self._write(
             "end",
             step=allocator.step,
             ranks=self.ranks,
             live=sum(self.ranks.values()),
-            cost=allocator.cost,
+            cost=cost,
             is_frozen=allocator.is_frozen,
             memory_bytes=memory_bytes(),
         )
