@@ -190,7 +190,7 @@ def test_methods_see_the_same_rows_in_the_same_order_and_start_from_the_same_hea
 
     monkeypatch.setattr(run_module, "make_trainer", recorded)
     for method in ("dynlora", "lora", "full", "houlsby"):
-        run(recipe(method, output=method, max_steps=4))
+        run(recipe(method, output=method, max_steps=12))
     orders, starts = list(seen.values()), list(heads.values())
     assert len(orders) == 4
     assert all(order == orders[0] for order in orders)
@@ -286,7 +286,7 @@ def test_a_run_goes_on_only_with_its_own_recipe(recipe):
 
 
 def test_a_folder_is_never_taken_from_another_run_or_anything_else(recipe):
-    chosen = recipe(max_steps=2)
+    chosen = recipe(max_steps=12)
     chosen.output.mkdir()
     (chosen.output / "thesis.txt").write_text("years of work")
     with pytest.raises(RecipeError, match="is not empty and no run made it"):

@@ -29,7 +29,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def recipe(tmp_path, inputs):
     def make(method="dynlora", output="out", base=None, **training):
-        fixed = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 8}
+        fixed = {"learning_rate": 1e-2, "max_steps": 12, "per_device_train_batch_size": 8}
         fixed |= {"eval_strategy": "no", "save_strategy": "no"}
         values = {"task": "text-classification", "model": inputs[0], "method": method}
         values |= {"output": str(tmp_path / output), "data": {"name": inputs[1]}}
@@ -101,7 +101,7 @@ def test_an_overwritten_run_leaves_no_checkpoint_to_go_on_from(recipe):
     with pytest.raises(Interrupted):
         run(recipe(), listener=interrupting(2))
     assert (recipe().output / "checkpoint-2").is_dir()
-    run(recipe(max_steps=3), overwrite=True)
+    run(recipe(max_steps=12), overwrite=True)
     assert [*recipe().output.glob("checkpoint-*")] == []
 
 
@@ -146,7 +146,7 @@ def test_a_quantised_base_is_trained_around_and_stays_as_it_is(recipe):
     _, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
     drawn = dict(adapted.model.named_parameters())[HEAD]
     done = run(chosen)
-    assert done.record["steps"] == 6
+    assert done.record["steps"] == 12
     kept = load_file(chosen.output / "adapter_model.safetensors")
     head = kept["base_model.model.classifier.weight"]
     assert head.dtype == torch.float32

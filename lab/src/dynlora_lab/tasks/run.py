@@ -20,7 +20,7 @@ from dynlora_lab.tasks.data import Splits, read_splits
 from dynlora_lab.tasks.family import Prepared, TaskData
 from dynlora_lab.tasks.interrupt import Interrupted, StopOnInterrupt
 from dynlora_lab.tasks.model_card import write_card
-from dynlora_lab.tasks.offline import offline_model
+from dynlora_lab.tasks.offline import offline_model, weights_sha256
 from dynlora_lab.tasks.progress import Listener, TellListener
 from dynlora_lab.tasks.provenance import machine, source_commit, versions
 from dynlora_lab.tasks.recipe import Recipe
@@ -218,6 +218,7 @@ def _record(recipe: Recipe, data: TaskData, adapted: Adapted, prepared: Prepared
         "commit": source_commit(),
         "machine": machine(),
         "seed": recipe.seed,
+        "base_sha256": weights_sha256(recipe.offline_name) if recipe.offline_name else [],
         "data": {
             "labels": data.labels,
             "train_rows": len(data.train),
