@@ -57,16 +57,12 @@ def _on_lora(options: AdapterOptions, target: Target, score: Score | None = None
             f"adapter.init={options.init!r}, adapter.init_std={options.init_std} are starts of gated "
             "components: choose method dynlora-gated, or leave them out."
         )
-    config = LoraConfig(
-        r=options.start_r, **shared_fields(options, target, rank=options.start_r)
-    )
+    config = LoraConfig(r=options.start_r, **shared_fields(options, target, rank=options.start_r))
     callback = DynLoraCallback(score=score, **options.settings())
     return _adapted(config, options.settings(), target, callback)
 
 
-def _on_gates(
-    options: AdapterOptions, target: Target, *, rank: int, **changed: float
-) -> Adapted:
+def _on_gates(options: AdapterOptions, target: Target, *, rank: int, **changed: float) -> Adapted:
     settings = {**options.settings(), **changed}
     config = DynLoraConfig(
         init_r=rank,

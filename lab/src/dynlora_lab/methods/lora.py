@@ -99,9 +99,7 @@ def truncate_(
     values = [_squared_norms(module) for module in start.modules]
     in_components = budget == "components"
     sizes = [1 if in_components else size for size in start.sizes.values()]
-    costs = [
-        size for size, value in zip(sizes, values, strict=True) for _ in range(len(value))
-    ]
+    costs = [size for size, value in zip(sizes, values, strict=True) for _ in range(len(value))]
     keep = select_components(
         torch.cat(values),
         torch.tensor(costs),
@@ -109,7 +107,8 @@ def truncate_(
     )
     for module, live in zip(start.modules, keep.split([len(v) for v in values]), strict=True):
         module.live.copy_(live)
-    Masks(start.modules).apply_()  # a module that cannot lose its adapter keeps a component of zeros
+    # a module that cannot lose its adapter keeps a component, which must be 0
+    Masks(start.modules).apply_()
     return LoraAdapter(model, start).finish_()
 
 
