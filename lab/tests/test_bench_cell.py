@@ -42,7 +42,8 @@ def test_the_result_tells_choosing_and_reported_scores_apart(ran):
     assert result["selected"]["final"] == record["metrics"]["eval_validation_accuracy"]
     assert result["reported"]["final"] == record["metrics"]["eval_test_accuracy"]
     assert result["steps"] == 24
-    assert result["budget"]["components_end"] == 2 * len(result["ranks"])
+    assert result["budget"]["components_end"] == sum(result["ranks"].values())
+    assert result["base_sha256"] == []  # a folder of the user's own
     json.dumps(result)
 
 

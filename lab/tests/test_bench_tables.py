@@ -94,6 +94,17 @@ def test_cells_that_the_suite_does_not_want_are_not_counted(tmp_path):
     assert rendered(tmp_path) == before
 
 
+def test_cells_of_two_bases_never_share_a_table(tmp_path):
+    def run(c):
+        return result(c, score(c)) | {"base_sha256": ["a" if c.task == "a" else "b"]}
+
+    assert summarise(finished(tmp_path, run=run))["cells"]["failed"] == 0
+    other = cell("a", "lora", 0.01, 1)
+    write_result(tmp_path, other.key, result(other, 0.1) | {"base_sha256": ["b"]})
+    with pytest.raises(RecipeError, match=f"and '{other.key}' started from base models with diff"):
+        summarise(tmp_path)
+
+
 def test_the_tables_say_at_which_ranks_modules_end(tmp_path):
     def ragged(c):
         ranks = {"lora": {"q": 2, "k": 2}, "dynlora": {"q": 3, "k": 1 - (c.seed == 0)}}

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dynlora import RankAllocator
+from dynlora.allocation import Settings
 from dynlora_lab.methods import METHODS, AdapterOptions, Target
 from dynlora_lab.methods.bottleneck import Bottleneck
 from dynlora_lab.methods.dynamic import random_score
@@ -29,7 +30,7 @@ from small_net import adamw, train
 from small_net import adapted as adapted_net
 
 HEAD = ["classifier"]
-OPTIONS = AdapterOptions(target_r=2, init_std=0.02)
+OPTIONS = AdapterOptions(target_r=2)
 BATCH = {"input_ids": torch.arange(12).reshape(2, 6)}
 
 
@@ -77,23 +78,73 @@ def test_methods_of_one_budget_have_about_the_parameters_of_lora_at_that_rank():
     for method in ("houlsby", "pfeiffer"):
         one_wider = 2 * (2 * 16 + 1) * (2 if method == "houlsby" else 1)
         assert lora - one_wider < adapted(method).parameters() <= lora
-    for method in ("dynlora", "random", "adalora", "lora-svd"):
+    for method in ("dynlora", "dynlora-gated", "random", "adalora", "lora-svd", "lora-initial"):
         assert sum(adapted(method).ranks().values()) == 3 * 13
 
 
+CHOSEN = {
+    "target_r": 2,
+    "min_r": 1,
+    "prune_start": 0.2,
+    "prune_end": 0.6,
+    "prune_interval": 3,
+    "ema_beta": 0.5,
+    "importance": "norm",
+    "budget": "components",
+    "revival": True,
+    "dem_weight": 0.1,
+    "compact": False,
+}
+
+
+def test_every_setting_of_a_recipe_reaches_the_callback_and_the_config():
+    options = AdapterOptions(**CHOSEN)
+    assert options.settings() == CHOSEN
+    (callback,) = adapted("dynlora", options).callbacks
+    assert callback.settings == options.settings()
+    config = adapted("dynlora-gated", options).model.peft_config["default"]
+    assert config.settings() == Settings(**CHOSEN)
+
+
+def test_the_start_of_gates_reaches_the_gated_config_and_is_refused_elsewhere():
+    options = AdapterOptions(init="kaiming", init_std=0.02)
+    config = adapted("dynlora-gated", options).model.peft_config["default"]
+    assert (config.init, config.init_std) == ("kaiming", 0.02)
+    for method in ("dynlora", "random"):
+        with pytest.raises(ValueError, match="choose method dynlora-gated"):
+            adapted(method, options)
+
+
+def scalings(model):
+    return {
+        module.scaling["default"]
+        for module in model.modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("importance", "norm"),
-        ("schedule", "fast-slow"),
-        ("init", "lora"),
-        ("budget", "parameters"),
-        ("forget_pruned", True),
-    ],
+    "method", ["lora", "lora-initial", "lora-svd", "dynlora", "dynlora-gated", "random", "gated"]
 )
-def test_the_options_of_a_recipe_reach_the_config(field, value):
-    config = adapted("dynlora", AdapterOptions(**{field: value})).model.peft_config["default"]
-    assert getattr(config, field) == value
+def test_every_method_scales_its_updates_by_lora_alpha_over_target_r(method):
+    options = AdapterOptions(target_r=2, init_r=5, lora_alpha=6)
+    assert scalings(adapted(method, options).model) == {3.0}
+
+
+def test_adalora_scales_by_the_same_number():
+    model = adapted("adalora", AdapterOptions(target_r=2, init_r=5, lora_alpha=6)).model
+    found = {m.scaling["default"] / float(m.ranknum["default"]) for m in svd_layers(model)}
+    assert found == {3.0}
+
+
+def svd_layers(model):
+    return [m for m in model.modules() if hasattr(m, "lora_E")]
+
+
+def test_dynlora_is_a_stock_lora_that_plain_lora_training_would_accept():
+    config = adapted("dynlora").model.peft_config["default"]
+    assert type(config) is LoraConfig
+    assert (config.r, config.peft_type) == (3, "LORA")
 
 
 def test_bitfit_trains_biases_alone():
@@ -208,10 +259,20 @@ def test_truncation_keeps_the_best_approximation_of_the_whole_model():
     assert error == pytest.approx(float(dropped), rel=1e-4)
 
 
+def test_truncation_in_parameters_leaves_no_more_than_a_lora_of_that_rank():
+    targets = ["query", "intermediate.dense"]
+    model = get_peft_model(tiny(), LoraConfig(r=3, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    ranks = truncate_(model, target_r=1, budget="parameters")
+    assert list(ranks) == [n for n, m in tiny().named_modules() if n.endswith(tuple(targets))]
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0.8 * 144 < left <= 144 == 2 * (16 + 16) + 2 * (16 + 24)
+
+
 def test_random_scores_are_drawn_once_and_by_the_seed_alone():
     class Layer:
-        num_components = 4
-
         def __init__(self):
             self.ema = torch.zeros(4)
 
@@ -230,9 +291,9 @@ def test_random_scores_are_drawn_once_and_by_the_seed_alone():
 def test_another_score_decides_what_is_pruned():
     def first_module_and_low_index_first(layers, _step):
         for place, gated in enumerate(layers):
-            gated.ema.copy_(100 - 10 * place - torch.arange(gated.num_components))
+            gated.ema.copy_(100 - 10 * place - torch.arange(len(gated.ema)))
 
-    model = adapted_net()
+    model = adapted_net(budget="components")
     optimizer = adamw(model)
     score = first_module_and_low_index_first
     allocator = RankAllocator(model, optimizer, total_steps=20, score=score)
@@ -302,6 +363,8 @@ def test_ranks_that_are_all_zero_are_refused():
         ({"prune_start": 0.5, "prune_end": 0.5}, "prune_start=0.5, prune_end=0.5 must satisfy"),
         ({"prune_end": 1.5}, "prune_end=1.5 must satisfy 0 <= prune_start < prune_end <= 1"),
         ({"bottleneck": 0}, "bottleneck=0 must be at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha=0 must be above 0"),
+        ({"total_steps": 9}, "total_steps=9 must be left out: training.max_steps or"),
     ],
     ids=str,
 )

@@ -53,6 +53,8 @@ def test_a_recipe_is_its_row_of_table_8(task, suffix, budget):
     assert row == TABLE_8[task]
     assert adapter.target_r == budget
     assert adapter.init_r == math.ceil(1.5 * budget)
+    assert adapter.lora_alpha / budget == pytest.approx(8 / adapter.init_r, rel=1e-4)
+    assert (adapter.budget, adapter.revival, adapter.init) == ("components", True, "kaiming")
     assert (adapter.prune_start, adapter.prune_end) == (0.15, 0.5)
     assert recipe.output.name == f"{task}{suffix}"
     assert len(adapter.target_modules) == 6

@@ -51,7 +51,7 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
         (["--training.sed", "1"], "unknown field 'training.sed'; did you mean 'training.seed'"),
         (["--training.seed", "1"], "may not be given: set the recipe's field seed"),
         (["--adapter.target_r", "many"], "field 'adapter.target_r' is 'many': input should be"),
-        (["--adapter.target_r", "0"], "adapter.target_r=0.0 must be above 0"),
+        (["--adapter.target_r", "0"], "adapter.target_r=0.0 must be a number above 0"),
         (["--init_r", "1"], "adapter.init_r=1 must be at least target_r=2"),
         (["--method", "lro"], "unknown method 'lro'; did you mean 'lora'"),
         (["--task", "text-clasification"], "unknown task .* did you mean 'text-classification'"),

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from dynlora.adapter.components import find_gated_layers
+from dynlora.lora.components import find_components
 from dynlora_lab.methods import METHODS
 from dynlora_lab.tasks import run as run_module
 from dynlora_lab.tasks.data import Splits
@@ -47,7 +47,7 @@ def recipe(tmp_path, inputs):
             "method": method,
             "output": str(tmp_path / output),
             "data": {"name": data},
-            "adapter": {"target_r": 2, "init_std": 0.02, "prune_interval": 2},
+            "adapter": {"target_r": 2, "prune_interval": 2},
             "training": {
                 "learning_rate": 1e-2,
                 "max_steps": 10,
@@ -60,6 +60,9 @@ def recipe(tmp_path, inputs):
         return recipe_from(values)
 
     return make
+
+
+PRUNING = ("dynlora", "dynlora-gated", "random", "lora-svd")
 
 
 def record_of(recipe):
@@ -78,11 +81,15 @@ def test_a_run_of_each_method_leaves_its_record_weights_and_card(method, recipe)
     assert set(record["metrics"]) >= {"eval_loss", "eval_accuracy"}
     assert record["evaluations"][0]["step"] == 0
     assert record["budget"]["head_parameters"] == 2 * 16 + 2
-    if method in ("dynlora", "random", "adalora", "lora-svd"):
-        assert record["budget"]["components_start"] == 3 * 13
-    if method not in ("full", "bitfit", "houlsby", "pfeiffer"):
-        assert record["budget"]["components_end"] == 2 * 13
-        assert sum(record["ranks"].values()) == 2 * 13
+    budget = record["budget"]
+    if method in (*PRUNING, "adalora", "lora-initial"):
+        assert budget["components_start"] == 3 * 13
+    if method in ("lora", "gated", "adalora"):
+        assert budget["components_end"] == sum(record["ranks"].values()) == 2 * 13
+    if method in PRUNING:
+        lora = plan(recipe("lora")).parameters["adapter_start"]
+        assert 0.9 * lora < budget["parameters_end"] <= lora
+        assert budget["components_end"] == sum(record["ranks"].values())
     card = (chosen.output / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == chosen.model
@@ -123,14 +130,22 @@ def test_the_card_of_an_offline_model_names_its_hub_copy_and_loads_it_offline(re
     compile(code, "card", "exec")
 
 
-def test_an_adapter_that_is_still_gated_is_saved_as_a_plain_lora(recipe):
-    chosen = recipe()
+@pytest.mark.parametrize("method", ["dynlora", "dynlora-gated"])
+def test_a_sharded_adapter_is_saved_as_a_plain_lora_without_what_is_pruned(
+    recipe, method, monkeypatch
+):
+    chosen = recipe(method)
     prepared, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
     trainer = run_module.make_trainer(chosen, prepared, adapted, training_arguments(chosen), [])
-    for gated in find_gated_layers(adapted.model, "default"):  # as sharded training leaves them
-        torch.nn.init.ones_(gated.gate)
+    monkeypatch.setattr(run_module, "_is_sharded", lambda _model: True)
+    module = find_components(adapted.model, "default")[0]
+    for factor in module.factors:  # as the end of sharded training leaves a pruned module
+        torch.nn.init.zeros_(factor.parameter)
     run_module._save(trainer, chosen, adapted)
-    assert PeftConfig.from_pretrained(chosen.output).peft_type == "LORA"
+    config = PeftConfig.from_pretrained(chosen.output)
+    assert config.peft_type == "LORA"
+    assert module.name not in config.rank_pattern
+    assert (chosen.output / "adapter_model.safetensors").is_file()
     assert (chosen.output / "tokenizer.json").is_file()
 
 
@@ -175,7 +190,7 @@ def test_methods_see_the_same_rows_in_the_same_order_and_start_from_the_same_hea
 
     monkeypatch.setattr(run_module, "make_trainer", recorded)
     for method in ("dynlora", "lora", "full", "houlsby"):
-        run(recipe(method, output=method, max_steps=4))
+        run(recipe(method, output=method, max_steps=12))
     orders, starts = list(seen.values()), list(heads.values())
     assert len(orders) == 4
     assert all(order == orders[0] for order in orders)
@@ -271,7 +286,7 @@ def test_a_run_goes_on_only_with_its_own_recipe(recipe):
 
 
 def test_a_folder_is_never_taken_from_another_run_or_anything_else(recipe):
-    chosen = recipe(max_steps=2)
+    chosen = recipe(max_steps=12)
     chosen.output.mkdir()
     (chosen.output / "thesis.txt").write_text("years of work")
     with pytest.raises(RecipeError, match="is not empty and no run made it"):
@@ -318,9 +333,13 @@ def test_a_dry_run_foretells_the_run(recipe, method):
     if method == "dynlora":
         lines = (chosen.output / "history.jsonl").read_text().splitlines()
         history = [json.loads(line) for line in lines]
-        pruned = [(e["step"], e["budget"]) for e in history if e["event"] == "prune"]
-        assert foretold.schedule == pruned
-        assert foretold.schedule[-1][1] == record["budget"]["components_end"]
+        costs = [(e["step"], e["cost"]) for e in history if e["event"] == "prune"]
+        (first, whole), *pruned = foretold.schedule
+        assert (first, whole) == (0, record["budget"]["parameters_start"])
+        assert [step for step, _ in pruned] == [step for step, _ in costs]
+        assert all(cost <= budget for (_, cost), (_, budget) in zip(costs, pruned, strict=True))
+        assert pruned[-1][1] == plan(recipe("lora")).parameters["adapter_start"]
+        assert record["budget"]["parameters_end"] == costs[-1][1]
     else:
         assert foretold.schedule == []
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dynlora.adapter.components import find_gated_layers
 from dynlora_lab.tasks import interrupt
 from dynlora_lab.tasks import run as run_module
 from dynlora_lab.tasks.interrupt import Interrupted
@@ -30,11 +29,11 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def recipe(tmp_path, inputs):
     def make(method="dynlora", output="out", base=None, **training):
-        fixed = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 8}
+        fixed = {"learning_rate": 1e-2, "max_steps": 12, "per_device_train_batch_size": 8}
         fixed |= {"eval_strategy": "no", "save_strategy": "no"}
         values = {"task": "text-classification", "model": inputs[0], "method": method}
         values |= {"output": str(tmp_path / output), "data": {"name": inputs[1]}}
-        values |= {"adapter": {"target_r": 2, "init_std": 0.02, "prune_interval": 2}}
+        values |= {"adapter": {"target_r": 2, "prune_interval": 2}}
         return recipe_from({**values, "base": base or {}, "training": {**fixed, **training}})
 
     return make
@@ -51,14 +50,13 @@ def interrupting(step):
     return Listener(on_step=on_step)
 
 
-def test_of_several_processes_the_first_alone_saves_a_gated_adapter_and_its_tokenizer(
+def test_of_several_processes_the_first_alone_saves_a_sharded_adapter_and_its_tokenizer(
     recipe, monkeypatch
 ):
     chosen = recipe()
     prepared, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
     trainer = run_module.make_trainer(chosen, prepared, adapted, training_arguments(chosen), [])
-    for gated in find_gated_layers(adapted.model, "default"):
-        torch.nn.init.ones_(gated.gate)
+    monkeypatch.setattr(run_module, "_is_sharded", lambda _model: True)
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     run_module._save(trainer, chosen, adapted)
     assert not (chosen.output / "tokenizer.json").exists()
@@ -103,7 +101,7 @@ def test_an_overwritten_run_leaves_no_checkpoint_to_go_on_from(recipe):
     with pytest.raises(Interrupted):
         run(recipe(), listener=interrupting(2))
     assert (recipe().output / "checkpoint-2").is_dir()
-    run(recipe(max_steps=3), overwrite=True)
+    run(recipe(max_steps=12), overwrite=True)
     assert [*recipe().output.glob("checkpoint-*")] == []
 
 
@@ -148,7 +146,7 @@ def test_a_quantised_base_is_trained_around_and_stays_as_it_is(recipe):
     _, adapted = run_module.build_model(chosen, run_module.checked_data(chosen))
     drawn = dict(adapted.model.named_parameters())[HEAD]
     done = run(chosen)
-    assert done.record["steps"] == 6
+    assert done.record["steps"] == 12
     kept = load_file(chosen.output / "adapter_model.safetensors")
     head = kept["base_model.model.classifier.weight"]
     assert head.dtype == torch.float32

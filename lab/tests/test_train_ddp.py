@@ -23,7 +23,7 @@ def saved_recipe(folder, **training):
         "model": save_encoder(folder / "tiny"),
         "output": str(folder / "two"),
         "data": {"name": str(save_texts(folder / "texts.csv"))},
-        "adapter": {"target_r": 2, "init_std": 0.02},
+        "adapter": {"target_r": 2},
         "training": {
             "learning_rate": 1e-2,
             "per_device_train_batch_size": 4,

@@ -63,7 +63,7 @@ def run_rows(folder: Path, splits, *, task, model, options=None, training=None, 
             "output": str(folder / "run"),
             "data": {"name": "unused"},
             "options": options or {},
-            "adapter": {"target_r": 2, "init_r": 3, "init_std": 0.02, "prune_interval": 2},
+            "adapter": {"target_r": 2, "init_r": 3, "prune_interval": 2},
             "training": {**defaults, **(training or {})},
             **fields,
         }

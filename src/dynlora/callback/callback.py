@@ -86,6 +86,10 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             )  # fail here, not in train()
         if not is_integer(eval_batches) or eval_batches < 1:
             raise ValueError(f"eval_batches={eval_batches!r} must be an integer of at least 1.")
+        if "total_steps" in settings:
+            raise ValueError(
+                f"total_steps={settings['total_steps']!r} must not be given: the Trainer knows its steps."
+            )
         self.evaluate = evaluate
         self.eval_batches = eval_batches
         self.adapter = adapter
@@ -247,8 +251,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         allocator = self._running()
         if self.freeze_on_stop and not allocator.is_frozen and not self._is_complete:
             allocator.freeze_()
+        cost = allocator.cost  # gated modules are not there to be asked once they are folded
         is_sharded = any(module.is_sharded for module in allocator.modules)
-        cost = allocator.cost
         self.ranks = allocator.finalize_()
         self._write_end(allocator, cost)
         if is_sharded:

@@ -18,7 +18,17 @@ from dynlora_lab.tasks.recipe import Recipe, recipe_from
 from dynlora_lab.tasks.run import run
 from dynlora_lab.tasks.run_files import read_run
 
-KEPT = ("steps", "budget", "ranks", "train_s", "versions", "commit", "machine", "baselines")
+KEPT = (
+    "steps",
+    "budget",
+    "ranks",
+    "train_s",
+    "versions",
+    "commit",
+    "machine",
+    "base_sha256",
+    "baselines",
+)
 
 
 def run_cell(spec_path: Path, log: Path, environment: Mapping[str, str]) -> None:

@@ -39,7 +39,7 @@ def quick_suite(folder: Path) -> Suite:
             "save_strategy": "no",
             "eval_on_start": False,
         },
-        "adapter": {"target_r": 2, "prune_interval": 2, "init_std": 0.02},
+        "adapter": {"target_r": 2, "prune_interval": 2},
     }
     suite = suite_from(
         {

@@ -67,6 +67,25 @@ def read_results(folder: Path) -> dict[str, Result]:
     return found
 
 
+def check_one_base(results: Mapping[str, Result]) -> None:
+    """Refuse cells of one task that started from different weights: a base may be trained at its fetch.
+
+    Raises:
+        RecipeError: names two cells that cannot be compared.
+    """
+    first: dict[str, tuple[str, list[str]]] = {}
+    for key, result in results.items():
+        base = result.get("base_sha256")
+        if not base:
+            continue
+        other, known = first.setdefault(result["cell"]["task"], (key, base))
+        if base != known:
+            raise RecipeError(
+                f"cells {other!r} and {key!r} started from base models with different weights, so they "
+                "do not compare. Delete the older of them, and run them again on one base."
+            )
+
+
 def write_result(folder: Path, key: str, result: Mapping[str, Any]) -> None:
     """Keep the result of the cell ``key``."""
     write_json(folder / CELLS / f"{key}.json", {"format": FORMAT, **result})

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from dynlora_lab.bench.plan import chosen_rate, num_cells, wanted_cells
-from dynlora_lab.bench.results import DONE, Result, read_results, read_suite_file
+from dynlora_lab.bench.results import DONE, Result, check_one_base, read_results, read_suite_file
 from dynlora_lab.bench.statistics import paired, ranking, spread
 from dynlora_lab.bench.suite import Cell, Suite
 
@@ -24,8 +24,12 @@ def summarise(folder: Path) -> dict[str, Any]:
         over all tasks), ranking, sweep (value by learning rate), provenance. Scores are multiplied by the
         task's scale; differences are positive where a method is better than the baseline, or than the
         other one, of the last epoch.
+
+    Raises:
+        RecipeError: ``folder`` holds no results, or cells of one task that started from different bases.
     """
     suite, results = read_suite_file(folder), read_results(folder)
+    check_one_base(results)
     wanted = {cell.key for cell in wanted_cells(suite, results)}
     used = {key: result for key, result in results.items() if key in wanted}
     done = {key: result for key, result in used.items() if result["status"] == DONE}

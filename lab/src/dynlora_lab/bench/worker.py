@@ -31,9 +31,7 @@ _CELLS: ForkServerContext | SpawnContext = (
     if sys.platform == "linux"
     else multiprocessing.get_context("spawn")
 )
-_CELLS.set_forkserver_preload(
-    ["dynlora_command", "dynlora_lab.bench.cell"]
-)  # the first hushes imports
+_CELLS.set_forkserver_preload(["dynlora_lab.bench.cell"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,10 +87,10 @@ def plan_view(planned: Plan) -> RenderableType:
     for name, number in planned.parameters.items():
         table.add_row(f"parameters, {name.replace('_', ', at the ')}", f"{number:,}")
     table.add_row("memory", f"{planned.memory_bytes / 2**20:,.0f} MiB, without activations")
-    if planned.schedule:
-        table.add_row("budget", f"{planned.components_start:,} components at the start")
-    for step, budget in _shown(planned.schedule):
-        table.add_row("", f"{budget:,} components after step {step:,}")
+    unit = planned.recipe["adapter"]["budget"]
+    for number, (step, budget) in enumerate(_shown(planned.schedule)):
+        when = f"after step {step:,}" if step else "at the start"
+        table.add_row("" if number else "budget", f"{budget:,} {unit} {when}")
     resolved = yaml.safe_dump(_without_empty(planned.recipe), sort_keys=False, allow_unicode=True)
     return Group(Text(resolved.rstrip()), Text(), table)
 

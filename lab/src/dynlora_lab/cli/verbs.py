@@ -172,7 +172,7 @@ def demo(
     ] = None,
     learning_rate: Annotated[
         float, typer.Option(metavar="X", help="Highest learning rate of the run.")
-    ] = 1e-2,
+    ] = 3e-3,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Texts in an optimizer step.")] = 32,
     seed: Annotated[int, typer.Option(metavar="N", help="Fixes head, adapter and order.")] = 0,
     quick: Annotated[

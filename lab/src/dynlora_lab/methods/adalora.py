@@ -34,7 +34,7 @@ def adalora(options: AdapterOptions, target: Target) -> Adapted:
         target_r=rank,
         deltaT=options.prune_interval,
         total_step=_ANY_LENGTH,
-        **shared_fields(options, target),
+        **shared_fields(options, target, rank=options.start_r),
     )
     model = get_peft_model(target.model, config)
     callback = AdaLoraCallback(options)

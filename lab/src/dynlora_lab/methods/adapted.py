@@ -37,8 +37,8 @@ class Adapted:
         callbacks: of the Trainer, in this order.
         finish: called once after training and before the last evaluation.
         ranks: rank by module name, zeros included; {} for a method without ranks.
-        schedule: budget after so many steps of a run with so many: [(step, components)]; None for a
-            method that prunes nothing.
+        schedule: budget after so many steps of a run with so many, the first after none: [(step, cost)],
+            in the unit of ``adapter.budget``; None for a method that prunes nothing.
         fits_from: (steps of the run) -> first step whose model is within the final budget.
         save: writes what was trained to a folder; None leaves it to ``Trainer.save_model``.
         can_resume: whether a run can go on from a checkpoint.

@@ -110,5 +110,5 @@ def _lora_parameters(options: AdapterOptions, target: Target) -> int:
     """Parameters of a LoRA of rank ``target_r`` on the same model, counted on one without weights."""
     with torch.device("meta"):
         shape = type(target.model)(target.model.config)
-    counted = get_peft_model(shape, LoraConfig(r=1, **shared_fields(options, target)))
+    counted = get_peft_model(shape, LoraConfig(r=1, **shared_fields(options, target, rank=1)))
     return int(options.target_r * trainable_beside(counted, target.head))

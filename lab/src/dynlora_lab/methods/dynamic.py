@@ -1,99 +1,108 @@
-"""``dynlora`` and its controls ``gated`` (nothing is pruned) and ``random`` (anything is)."""
+"""``dynlora``, its parametrisation with gates, and the controls that prune nothing or anything."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from dynlora.adapter.components import GatedLayer, find_gated_layers
-from dynlora.adapter.config import DynLoraConfig
-from dynlora.scoring import Score
-from dynlora.trainer import DynLoraCallback
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
-from dynlora import allocation
+from dynlora import DynLoraCallback, DynLoraConfig, allocation
+from dynlora.allocator.scores import Score
+from dynlora.lora.components import LoraComponents
+from dynlora.lora.follow import AdapterStart
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.lora import shared_fields, whole_rank
 from dynlora_lab.methods.options import AdapterOptions
 
 
 def dynlora(options: AdapterOptions, target: Target) -> Adapted:
-    """The method: ranks start at ``init_r``, the least important components leave."""
-    return _adapted(_config(options, target), target, DynLoraCallback())
+    """The method on PEFT's LoRA: ranks start at ``init_r``, the least important components leave."""
+    return _on_lora(options, target)
 
 
 def random(options: AdapterOptions, target: Target) -> Adapted:
     """The same schedule and budget, but an order drawn once decides which components leave."""
-    return _adapted(
-        _config(options, target), target, DynLoraCallback(score=random_score(target.seed))
-    )
+    return _on_lora(options, target, score=random_score(target.seed))
+
+
+def dynlora_gated(options: AdapterOptions, target: Target) -> Adapted:
+    """The method in the paper's parametrisation: a gate in front of every component."""
+    return _on_gates(options, target, rank=options.start_r)
 
 
 def gated(options: AdapterOptions, target: Target) -> Adapted:
     """Gates and their init at the final rank; no pruning and no DEM, so that only these differ."""
     rank = whole_rank(options, "gated")
-    config = _config(options, target, init_r=rank, target_r=rank, dem_weight=0.0)
-    return _adapted(config, target, DynLoraCallback())
+    return _on_gates(options, target, rank=rank, target_r=rank, dem_weight=0.0)
 
 
 def random_score(seed: int) -> Score:
     """A score for RankAllocator: a number per component, drawn at the first step and kept."""
 
     @torch.no_grad()
-    def score(layers: Sequence[GatedLayer], _step: int) -> None:
-        if any(bool(gated.ema.any()) for gated in layers):
+    def score(modules: Sequence[LoraComponents], _step: int) -> None:
+        if any(bool(module.ema.any()) for module in modules):
             return
         generator = torch.Generator().manual_seed(seed)
-        for gated in layers:
-            drawn = torch.rand(gated.num_components, generator=generator, dtype=torch.float64)
-            gated.ema.copy_(drawn.clamp_min(1e-6))
+        for module in modules:
+            drawn = torch.rand(len(module.ema), generator=generator, dtype=torch.float64)
+            module.ema.copy_(drawn.clamp_min(1e-6))
 
     return score
 
 
-def _config(options: AdapterOptions, target: Target, **changed: float) -> DynLoraConfig:
-    fields: dict[str, Any] = {
-        "init_r": options.start_r,
-        "target_r": options.target_r,
-        "prune_start": options.prune_start,
-        "prune_end": options.prune_end,
-        "prune_interval": options.prune_interval,
-        "ema_beta": options.ema_beta,
-        "dem_weight": options.dem_weight,
-        "revival": options.revival,
-        "compact": options.compact,
-        "init_std": options.init_std,
-        "init": options.init,
-        "importance": options.importance,
-        "schedule": options.schedule,
-        "budget": options.budget,
-        "forget_pruned": options.forget_pruned,
-    }
-    return DynLoraConfig(**{**fields, **changed}, **shared_fields(options, target))
+def _on_lora(options: AdapterOptions, target: Target, score: Score | None = None) -> Adapted:
+    if options.init != "lora" or options.init_std is not None:
+        raise ValueError(
+            f"adapter.init={options.init!r}, adapter.init_std={options.init_std} are starts of gated "
+            "components: choose method dynlora-gated, or leave them out."
+        )
+    config = LoraConfig(r=options.start_r, **shared_fields(options, target, rank=options.start_r))
+    callback = DynLoraCallback(score=score, **options.settings())
+    return _adapted(config, options.settings(), target, callback)
 
 
-def _adapted(config: DynLoraConfig, target: Target, callback: DynLoraCallback) -> Adapted:
+def _on_gates(options: AdapterOptions, target: Target, *, rank: int, **changed: float) -> Adapted:
+    settings = {**options.settings(), **changed}
+    config = DynLoraConfig(
+        init_r=rank,
+        init=options.init,
+        init_std=options.init_std,
+        **settings,
+        **shared_fields(options, target, rank=rank),
+    )
+    return _adapted(config, settings, target, DynLoraCallback())
+
+
+def _adapted(
+    config: LoraConfig, settings: Mapping[str, Any], target: Target, callback: DynLoraCallback
+) -> Adapted:
     model = get_peft_model(target.model, config)
-    start = {m.name: m.num_components for m in find_gated_layers(model, "default")}
+    start = AdapterStart.of(model)
+    in_components = settings["budget"] == "components"
+    costs = [1 if in_components else size for size in start.sizes.values()]
+    total = sum(cost * rank for cost, rank in zip(costs, start.ranks.values(), strict=True))
+    final = allocation.target_cost(settings["target_r"], costs, in_components=in_components)
 
     def schedule(total_steps: int) -> list[tuple[int, int]]:
         first, last = allocation.pruning_window(
-            total_steps, prune_start=config.prune_start, prune_end=config.prune_end
+            total_steps, prune_start=settings["prune_start"], prune_end=settings["prune_end"]
         )
-        return allocation.prune_plan(
-            total=sum(start.values()),
-            target=allocation.target_components(config.target_r, len(start)),
+        plan = allocation.prune_plan(
+            total=total,
+            target=final,
             start=first,
             stop=last,
-            interval=config.prune_interval,
-            schedule=config.schedule,
+            interval=settings["prune_interval"],
         )
+        return [(0, total), *plan]
 
     return Adapted(
         model=model,
         parameters=lambda: trainable_beside(model, target.head),
         callbacks=[callback],
         ranks=lambda: (
-            callback.ranks or (callback.allocator.ranks() if callback.allocator else start)
+            callback.ranks or (callback.allocator.ranks() if callback.allocator else start.ranks)
         ),
         schedule=schedule,
         fits_from=lambda total_steps: schedule(total_steps)[-1][0],

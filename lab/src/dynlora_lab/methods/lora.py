@@ -1,31 +1,40 @@
-"""``lora`` and ``lora-svd``: PEFT's LoRA at the final rank, and one cut to it by SVD afterwards."""
+"""PEFT's LoRA: at the final rank, at the initial one, and cut from the one to the other by SVD."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from dynlora.adapter.components import find_gated_layers
-from dynlora.adapter.fold import finalize_
-from dynlora.adapter.patterns import module_key
-from dynlora.adapter.warm_start import warm_start_
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
-from dynlora.allocation import select_components, target_components
+from dynlora import warm_start_
+from dynlora.allocation import Budget, select_components, target_cost
+from dynlora.allocator.masks import Masks
+from dynlora.lora.adapter import LoraAdapter
+from dynlora.lora.components import LoraComponents
+from dynlora.lora.configs import module_key
+from dynlora.lora.follow import AdapterStart
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.options import AdapterOptions
 
 
-def shared_fields(options: AdapterOptions, target: Target) -> dict[str, Any]:
-    """Fields of LoraConfig that mean the same for every method made of it."""
+def shared_fields(options: AdapterOptions, target: Target, *, rank: float) -> dict[str, Any]:
+    """Fields of LoraConfig that mean the same for every method made of it.
+
+    Args:
+        options: of the recipe.
+        target: the model that is adapted.
+        rank: that the adapter starts with; ``lora_alpha`` follows it, so that the scaling is one.
+    """
     excluded = options.exclude_modules
     return {
         "target_modules": options.target_modules,
         "exclude_modules": excluded if isinstance(excluded, str) else _joined(excluded, target),
         "modules_to_save": target.head or None,
-        "lora_alpha": options.lora_alpha,
+        "lora_alpha": options.alpha_at(rank),
         "lora_dropout": options.lora_dropout,
         "task_type": target.task_type,
     }
@@ -37,62 +46,92 @@ def lora(options: AdapterOptions, target: Target) -> Adapted:
     Raises:
         ValueError: ``target_r`` is not a whole number, or ``ranks`` names what the model does not have.
     """
-    fields = shared_fields(options, target)
     if options.ranks is None:
-        config = LoraConfig(r=whole_rank(options, "lora"), **fields)
-    else:
-        config = LoraConfig(**fields | _ranked_fields(options, options.ranks, target.model))
-    model = get_peft_model(target.model, config)
-    return Adapted(
-        model=model,
-        parameters=lambda: trainable_beside(model, target.head),
-        ranks=lambda: lora_ranks(model),
-    )
+        return _plain(options, target, whole_rank(options, "lora"))
+    fields = shared_fields(options, target, rank=options.target_r)
+    fields |= _ranked_fields(options, options.ranks, target.model)
+    return _trained(get_peft_model(target.model, LoraConfig(**fields)), target)
+
+
+def lora_initial(options: AdapterOptions, target: Target) -> Adapted:
+    """PEFT's LoRA at the rank that the pruning methods start with, so larger than theirs at the end."""
+    return _plain(options, target, options.start_r)
 
 
 def lora_svd(options: AdapterOptions, target: Target) -> Adapted:
     """PEFT's LoRA at the initial rank; after training the model's largest singular values stay.
 
-    The control for "train big, truncate once": of the singular values of all modules' updates
-    together the final budget's largest are kept, the best approximation in the Frobenius norm.
+    The control for "train big, truncate once": see ``truncate_``.
     """
-    config = LoraConfig(r=options.start_r, **shared_fields(options, target))
-    model = get_peft_model(target.model, config)
+    made = _plain(options, target, options.start_r)
     final: dict[str, int] = {}
-    return Adapted(
-        model=model,
-        parameters=lambda: trainable_beside(model, target.head),
-        finish=lambda: final.update(truncate_(model, target_r=options.target_r)),
-        ranks=lambda: final or lora_ranks(model),
+
+    def cut() -> None:
+        final.update(truncate_(made.model, target_r=options.target_r, budget=options.budget))
+
+    return dataclasses.replace(
+        made,
+        finish=cut,
+        ranks=lambda: final or made.ranks(),
         fits_from=lambda total_steps: total_steps + 1,  # cut after the last of them
     )
 
 
 @torch.no_grad()
-def truncate_(model: nn.Module, *, target_r: float) -> dict[str, int]:
-    """Cut a plain LoRA to ``target_r`` · modules components, in place.
+def truncate_(
+    model: nn.Module, *, target_r: float, budget: Budget = "components"
+) -> dict[str, int]:
+    """Cut a plain LoRA to its largest singular values, in place.
+
+    All modules' updates are compared together: what stays is, in components, the best approximation in
+    the Frobenius norm, and in parameters the greedy one, by square of the singular value per parameter.
 
     Args:
         model: with one trainable plain LoRA.
         target_r: mean rank per module to keep.
+        budget: what it counts; see ``dynlora.allocation.Settings``.
 
     Returns:
         Rank by module name, zeros included.
     """
-    warm_start_(model, target_r=target_r)  # rotates each update into its singular triplets
-    layers = find_gated_layers(model, "default")
-    sizes = []
-    for gated in layers:
-        a, b, gate = gated.parameters
-        sizes.append(
-            gated.scaling * gate * a.flatten(1).norm(dim=1) * b.movedim(1, 0).flatten(1).norm(dim=1)
-        )
-    budget = target_components(target_r, len(layers))
-    keep = select_components(torch.cat(sizes).float(), budget)
-    for gated, live in zip(layers, keep.split([s.numel() for s in sizes]), strict=True):
-        gated.live.copy_(live)
-        gated.gate.mul_(live)
-    return finalize_(model)
+    warm_start_(model)  # rotates each update into its singular triplets
+    start = AdapterStart.of(model)
+    values = [_squared_norms(module) for module in start.modules]
+    in_components = budget == "components"
+    sizes = [1 if in_components else size for size in start.sizes.values()]
+    costs = [size for size, value in zip(sizes, values, strict=True) for _ in range(len(value))]
+    keep = select_components(
+        torch.cat(values),
+        torch.tensor(costs),
+        target_cost(target_r, sizes, in_components=in_components),
+    )
+    for module, live in zip(start.modules, keep.split([len(v) for v in values]), strict=True):
+        module.live.copy_(live)
+    # a module that cannot lose its adapter keeps a component, which must be 0
+    Masks(start.modules).apply_()
+    return LoraAdapter(model, start).finish_()
+
+
+def _squared_norms(module: LoraComponents) -> Tensor:
+    """‖s b aᵀ‖² of each component, (rank,), summed over the pairs that share it."""
+    norms = [
+        a.vectors(a.parameter).double().norm(dim=2) * b.vectors(b.parameter).double().norm(dim=2)
+        for a, b in module.pairs
+    ]
+    return (module.scaling or 1.0) ** 2 * sum(norm.square().sum(0) for norm in norms)
+
+
+def _plain(options: AdapterOptions, target: Target, rank: int) -> Adapted:
+    config = LoraConfig(r=rank, **shared_fields(options, target, rank=rank))
+    return _trained(get_peft_model(target.model, config), target)
+
+
+def _trained(model: nn.Module, target: Target) -> Adapted:
+    return Adapted(
+        model=model,
+        parameters=lambda: trainable_beside(model, target.head),
+        ranks=lambda: lora_ranks(model),
+    )
 
 
 def lora_ranks(model: nn.Module) -> dict[str, int]:
@@ -132,11 +171,10 @@ def _ranked_fields(
         if rank < 0:
             raise ValueError(f"adapter.ranks={{{name!r}: {rank}}} must hold ranks of at least 0.")
     alive = {name: rank for name, rank in ranks.items() if rank > 0}
-    scaling = options.lora_alpha / options.target_r
     return {
         "target_modules": "|".join(re.escape(name) for name in alive),
         "rank_pattern": {module_key(name): rank for name, rank in alive.items()},
-        "alpha_pattern": {module_key(name): scaling * rank for name, rank in alive.items()},
+        "alpha_pattern": {module_key(name): options.alpha_at(rank) for name, rank in alive.items()},
     }
 
 

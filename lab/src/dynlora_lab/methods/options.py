@@ -1,16 +1,19 @@
 """The recipe's section ``adapter``: one set of fields that every method reads what it needs from."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from dynlora.adapter.config import Budget, Importance, Init
-
-from dynlora.allocation import Schedule
+from dynlora.allocation import Settings
+from dynlora.gated.config import Init
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(Settings):
     """Budget, schedule and targets of an adapter, the same for every method.
+
+    The fields of ``dynlora.allocation.Settings`` with their defaults, and these:
 
     Attributes:
         target_r: budget at the end: mean rank per adapted module. Methods without ranks choose their
@@ -18,16 +21,10 @@ class AdapterOptions:
         init_r: rank of every module at the start, for the methods that prune; ceil(1.5 · target_r).
         target_modules: which modules, in the words of PEFT; None is PEFT's choice for the model.
         exclude_modules: which of them are left out.
-        lora_alpha: scaling is lora_alpha / rank at the start.
+        lora_alpha: every method scales its updates by lora_alpha / target_r for the whole run, at
+            whatever rank it starts.
         lora_dropout: of the adapter's input, in [0, 1).
-        prune_start, prune_end: the pruning window, as shares of the run.
-        prune_interval: optimizer steps between two prunings.
-        ema_beta: β of Eq. 8.
-        dem_weight: η of Eq. 10; 0 is off.
-        revival: whether a pruned component may come back before the freeze.
-        compact: whether dead components leave the model at the freeze.
-        init_std: standard deviation of A and B; None leaves it to ``init``.
-        init, importance, schedule, budget, forget_pruned: of ``dynlora``; see DynLoraConfig.
+        init, init_std: of the gated methods; see DynLoraConfig.
         ranks: of ``lora``: rank by module name, such as a finished run's ``run.json`` holds; modules of
             rank 0 are not adapted; instead of ``target_r`` everywhere.
         bottleneck: width of ``houlsby`` and ``pfeiffer``; None: as wide as the budget allows.
@@ -39,19 +36,8 @@ class AdapterOptions:
     exclude_modules: str | list[str] | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    prune_start: float = 0.15
-    prune_end: float = 0.5
-    prune_interval: int = 10
-    ema_beta: float = 0.9
-    dem_weight: float = 0.0
-    revival: bool = True
-    compact: bool = True
-    init_std: float | None = None
     init: Init = "lora"
-    importance: Importance = "sensitivity"
-    schedule: Schedule = "slow-fast"
-    budget: Budget = "components"
-    forget_pruned: bool = False
+    init_std: float | None = None
     ranks: dict[str, int] | None = None
     bottleneck: int | None = None
 
@@ -61,20 +47,21 @@ class AdapterOptions:
         Raises:
             ValueError: a number is out of its range.
         """
-        if not self.target_r > 0:
-            raise ValueError(f"target_r={self.target_r} must be above 0: the mean rank at the end.")
+        super().__post_init__()
+        if self.total_steps is not None:
+            raise ValueError(
+                f"total_steps={self.total_steps} must be left out: training.max_steps or "
+                "training.num_train_epochs says how long the run is."
+            )
         if self.init_r is not None and self.init_r < self.target_r:
             raise ValueError(
                 f"init_r={self.init_r} must be at least target_r={self.target_r}; raise it, or leave it "
                 "out."
             )
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1).")
-        if not 0 <= self.prune_start < self.prune_end <= 1:
-            raise ValueError(
-                f"prune_start={self.prune_start}, prune_end={self.prune_end} must satisfy "
-                "0 <= prune_start < prune_end <= 1: shares of the run."
-            )
         if self.ranks is not None and not any(rank > 0 for rank in self.ranks.values()):
             raise ValueError(
                 "ranks must hold a rank above 0; leave it out for target_r everywhere."
@@ -86,3 +73,13 @@ class AdapterOptions:
     def start_r(self) -> int:
         """Rank at the start of the methods that prune."""
         return self.init_r or math.ceil(1.5 * self.target_r)
+
+    def alpha_at(self, rank: float) -> float:
+        """PEFT's ``lora_alpha`` with which an adapter of that rank is scaled by lora_alpha / target_r."""
+        alpha = self.lora_alpha * rank / self.target_r
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of Settings by name, without the length of the run, which the Trainer knows."""
+        names = [f.name for f in dataclasses.fields(Settings) if f.name != "total_steps"]
+        return {name: getattr(self, name) for name in names}

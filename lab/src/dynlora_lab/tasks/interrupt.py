@@ -6,8 +6,9 @@ import time
 from types import FrameType
 from typing import Any
 
-from dynlora.distributed import any_process, world_size
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dynlora.allocator.processes import any_process, world_size
 
 SAME_PRESS_S = 1.0  # launchers pass on a Ctrl-C that the terminal has sent to all processes already
 AGREE_EVERY = 10  # optimizer steps; agreeing waits for all processes

@@ -5,7 +5,10 @@ from pathlib import Path
 from datasets import DatasetDict, load_dataset
 
 from dynlora_lab.tasks.assets import AssetError, asset_folder, find_asset
+from dynlora_lab.tasks.assets.cache import read_manifest
 from dynlora_lab.tasks.typed_fields import RecipeError
+
+WEIGHTS = ".safetensors"
 
 
 def offline_model(name: str) -> str:
@@ -15,6 +18,16 @@ def offline_model(name: str) -> str:
         RecipeError: there is no model of that name, or it has not been fetched.
     """
     return str(_folder(name, kind="model"))
+
+
+def weights_sha256(name: str) -> list[str]:
+    """Hashes of the weights of a fetched model: some are trained at the fetch, so copies may differ.
+
+    Raises:
+        RecipeError: there is no model of that name, or it has not been fetched.
+    """
+    files = read_manifest(_folder(name, kind="model"))["files"]
+    return [facts["sha256"] for file, facts in sorted(files.items()) if file.endswith(WEIGHTS)]
 
 
 def offline_data(name: str) -> DatasetDict:

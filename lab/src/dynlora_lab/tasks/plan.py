@@ -26,7 +26,8 @@ class Plan:
         eval_rows: rows to measure on, by set.
         steps: optimizer steps.
         components_start: of all modules; 0 for a method without any.
-        schedule: (step, components that may be alive from then on) of each pruning; [] without any.
+        schedule: (step, budget from then on), the first at step 0, in the unit of ``adapter.budget``; []
+            for a method that prunes nothing.
         parameters: by kind: base, head, adapter_start.
         memory_bytes: weights, gradients and optimizer state at the start; no activations, which
             depend on the lengths of the rows.

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dynlora.adapter.components import configs_of
-from dynlora.adapter.config import DynLoraConfig
 from peft import prepare_model_for_kbit_training
+from torch import nn
 from transformers import Trainer, set_seed
 
-from dynlora.export.plain import export_lora
+from dynlora import export_lora
+from dynlora.lora.components import configs_of, find_components, is_lora
 from dynlora_lab.methods import METHODS, Adapted, Target
 from dynlora_lab.methods.adapted import is_in_head
 from dynlora_lab.tasks.base_model import BaseModel
@@ -20,7 +20,7 @@ from dynlora_lab.tasks.data import Splits, read_splits
 from dynlora_lab.tasks.family import Prepared, TaskData
 from dynlora_lab.tasks.interrupt import Interrupted, StopOnInterrupt
 from dynlora_lab.tasks.model_card import write_card
-from dynlora_lab.tasks.offline import offline_model
+from dynlora_lab.tasks.offline import offline_model, weights_sha256
 from dynlora_lab.tasks.progress import Listener, TellListener
 from dynlora_lab.tasks.provenance import machine, source_commit, versions
 from dynlora_lab.tasks.recipe import Recipe
@@ -218,6 +218,7 @@ def _record(recipe: Recipe, data: TaskData, adapted: Adapted, prepared: Prepared
         "commit": source_commit(),
         "machine": machine(),
         "seed": recipe.seed,
+        "base_sha256": weights_sha256(recipe.offline_name) if recipe.offline_name else [],
         "data": {
             "labels": data.labels,
             "train_rows": len(data.train),
@@ -264,8 +265,8 @@ def _best(recipe: Recipe, measured: list[dict[str, Any]]) -> dict[str, Any] | No
 
 def _save(trainer: Trainer, recipe: Recipe, adapted: Adapted) -> None:
     """The trained weights and the processor, at the top of the run's folder."""
-    if any(isinstance(config, DynLoraConfig) for config in configs_of(trainer.model).values()):
-        export_lora(trainer.model, recipe.output)  # sharded, hence still gated; every process calls
+    if _is_sharded(trainer.model):
+        export_lora(trainer.model, recipe.output)  # without what is pruned; every process calls
         if trainer.is_world_process_zero():
             trainer.processing_class.save_pretrained(str(recipe.output))
     elif adapted.save is None:
@@ -273,6 +274,12 @@ def _save(trainer: Trainer, recipe: Recipe, adapted: Adapted) -> None:
     elif trainer.is_world_process_zero():
         adapted.save(Path(recipe.output))
         trainer.processing_class.save_pretrained(str(recipe.output))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the adapter only, in which pruned components are zeros."""
+    names = [name for name, config in configs_of(model).items() if is_lora(config)]
+    return any(m.is_sharded for name in names for m in find_components(model, name))
 
 
 def _write(trainer: Trainer, recipe: Recipe, record: Mapping[str, Any]) -> None:

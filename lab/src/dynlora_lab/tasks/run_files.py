@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynlora.trainer import last_checkpoint
-
+from dynlora import last_checkpoint
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 RUN_FILE = "run.json"
