@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dynlora_lab.methods.adalora import adalora
 from dynlora_lab.methods.adapted import Adapted, Target
 from dynlora_lab.methods.bottleneck import houlsby, pfeiffer
-from dynlora_lab.methods.dynamic import dynlora, dynlora_gated, gated, random
+from dynlora_lab.methods.dynamic import dynlora, dynlora_auto, dynlora_gated, gated, random
 from dynlora_lab.methods.lora import lora, lora_initial, lora_svd
 from dynlora_lab.methods.options import AdapterOptions
 from dynlora_lab.methods.whole_model import bitfit, full
 
 METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
     "dynlora": dynlora,
+    "dynlora-auto": dynlora_auto,
     "dynlora-gated": dynlora_gated,
     "lora": lora,
     "lora-initial": lora_initial,

@@ -20,6 +20,23 @@ def dynlora(options: AdapterOptions, target: Target) -> Adapted:
     return _on_lora(options, target)
 
 
+def dynlora_auto(options: AdapterOptions, target: Target) -> Adapted:
+    """PEFT's LoRA at ``init_r``, cut at ``prune_end`` to what the first evaluation set's loss allows."""
+    rank = options.start_r
+    settings = {**options.settings(), "target_r": "auto"}
+    config = LoraConfig(r=rank, **shared_fields(options, target, rank=rank))
+    callback = DynLoraCallback(**settings)
+    model = get_peft_model(target.model, config)
+    start = AdapterStart.of(model)
+    return Adapted(
+        model=model,
+        parameters=lambda: trainable_beside(model, target.head),
+        callbacks=[callback],
+        ranks=lambda: callback.ranks or start.ranks,
+        fits_from=lambda total_steps: int(settings["prune_end"] * total_steps) + 1,
+    )
+
+
 def random(options: AdapterOptions, target: Target) -> Adapted:
     """The same schedule and budget, but an order drawn once decides which components leave."""
     return _on_lora(options, target, score=random_score(target.seed))

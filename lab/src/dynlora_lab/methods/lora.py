@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dynlora import warm_start_
+from dynlora.adapter_files.plain_config import exact_key
 from dynlora.allocation import Budget, select_components, target_cost
 from dynlora.allocator.masks import Masks
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
-from dynlora.lora.configs import module_key
 from dynlora.lora.follow import AdapterStart
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.options import AdapterOptions
@@ -173,8 +173,8 @@ def _ranked_fields(
     alive = {name: rank for name, rank in ranks.items() if rank > 0}
     return {
         "target_modules": "|".join(re.escape(name) for name in alive),
-        "rank_pattern": {module_key(name): rank for name, rank in alive.items()},
-        "alpha_pattern": {module_key(name): options.alpha_at(rank) for name, rank in alive.items()},
+        "rank_pattern": {exact_key(name): rank for name, rank in alive.items()},
+        "alpha_pattern": {exact_key(name): options.alpha_at(rank) for name, rank in alive.items()},
     }
 
 
