@@ -124,7 +124,9 @@ class RankAllocator:
         self.target_cost = allocation.target_cost(
             self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
         )
-        check_target(self.settings, self.target_cost, self.total_cost, self.modules)
+        check_target(
+            self.settings, self.target_cost, self.total_cost, self._costs, self.modules
+        )
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []
@@ -347,13 +349,13 @@ class RankAllocator:
                 stop=self.stop,
                 interval=self.settings.prune_interval,
             ):
-                self._prune()
+                self._prune(self.budget)
         if self.step == self.stop:
             self._freeze()
         elif self.is_frozen or not self.settings.revival:
             self._masks.apply_()
 
-    def _prune(self) -> None:
+    def _prune(self, budget: int) -> None:
         """Keep the components with the most score per cost in the whole model; the others become 0."""
         self._guard.read(step=self.step)
         self.score.check(self.present, self.step)
@@ -366,9 +368,14 @@ class RankAllocator:
             [cost for cost, size in zip(self._costs, sizes, strict=True) for _ in range(size)]
         )
         keep = allocation.select_components(
-            scores, costs, self.budget, min_r=self.settings.min_r, sizes=sizes
+            scores, costs, budget, min_r=self.settings.min_r, sizes=sizes
         )
         keep = broadcast_choice(keep, self.present[0].ema.device)
+        if not bool(keep.any()):
+            raise ValueError(
+                f"no component would stay at step {self.step}: all scores are below 0. A score of your own "
+                "must be 0 or more for what may stay."
+            )
         for module, live in zip(self.modules, keep.split(sizes), strict=True):
             module.live.copy_(live)
         self._masks = Masks(self.modules)
@@ -389,9 +396,9 @@ class RankAllocator:
         self.check_has_stepped()
         if self.is_frozen:
             return
+        self._prune(self.target_cost)  # if it refuses, the run can go on as planned
         self.stop = self.step
         self.start = min(self.start, self.stop - 1)
-        self._prune()
         self._freeze()
 
     def _freeze(self) -> None:

@@ -42,12 +42,22 @@ def known_total_steps(settings: Settings, total_steps: int | None) -> int:
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
 
-def check_target(settings: Settings, target: int, total: int, modules: Sequence[Any]) -> None:
-    """Refuse a target above what the adapter starts with.
+def check_target(
+    settings: Settings, target: int, total: int, costs: Sequence[int], modules: Sequence[Any]
+) -> None:
+    """Refuse a target above what the adapter starts with, or below one component.
 
     Raises:
-        ValueError: ``target_r`` asks for more than all components, or ``min_r`` for more than the target.
+        ValueError: ``target_r`` asks for more than all components, or for less than the largest one
+            costs, so that a cut could leave nothing at all.
     """
+    if target < max(costs):
+        largest = modules[costs.index(max(costs))].name
+        raise ValueError(
+            f"target_r={settings.target_r} asks for {target} {settings.budget}, but one component of "
+            f"module {largest!r} has {max(costs)}: it could leave no component at all. Raise target_r, or "
+            "count with budget='components'."
+        )
     if target > total:
         ranks = sorted({m.rank for m in modules})
         raise ValueError(
