@@ -1,7 +1,7 @@
 """Random models of a few thousand parameters, one per architecture, and a short training loop."""
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from dynlora import DynLoraConfig, RankAllocator
-from small_net import PAPER
+from small_net import SETTINGS
 
 VOCABULARY = 40
 
@@ -130,11 +130,22 @@ def logits(model):
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None):
-    """Train the adapter for some steps with a RankAllocator; the run is not finalized."""
+BUDGET = {"target_r": 1, "prune_interval": 2}
+"""So poor that some module ends at rank 0, but only at the freeze."""
+
+
+def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None, **settings):
+    """Train the adapter for some steps with a RankAllocator; the run is not finalized.
+
+    Settings are those of ``BUDGET`` but for the given ones, or a gated adapter's own.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
-    allocator = RankAllocator(model, optimizer, total_steps=total_steps or steps, adapter=adapter)
+    if not any(isinstance(c, DynLoraConfig) for c in base.peft_config.values()):
+        settings = {**BUDGET, **settings}
+    allocator = RankAllocator(
+        model, optimizer, total_steps=total_steps or steps, adapter=adapter, **settings
+    )
     inputs = batch(base)
     target = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(2))
     model.train()
@@ -148,13 +159,13 @@ def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None):
     return allocator
 
 
-def config(**fields):
-    """A small budget, and ranks so scarce that some module ends at 0, but only at the freeze."""
-    defaults = {
-        "init_r": 4, "target_r": 1, "prune_interval": 2, "target_modules": "all-linear",
-        **PAPER,
-    }  # fmt: skip
-    return DynLoraConfig(**{**defaults, **fields})
+def config(*, gated=False, **fields):
+    """A stock LoraConfig of rank 4, or with ``gated`` a DynLoraConfig with ``BUDGET``."""
+    fields = {"target_modules": "all-linear", "lora_alpha": 8, **fields}
+    if gated:
+        return DynLoraConfig(**{"init_r": fields.pop("r", 4), **BUDGET, **fields})
+    assert not SETTINGS & fields.keys(), "settings go to train()"
+    return LoraConfig(**{"r": 4, **fields})
 
 
 def adapted(build=tiny_llama, **fields):
