@@ -130,11 +130,12 @@ class RankAllocator:
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []
+        self._final_ranks: dict[str, int] | None = None
         self._guard = FiniteGuard()
         self._copies = AveragedCopies(self.adapter)
         self._masks = Masks([])
         self.optimizer = steppable(optimizer)
-        check_optimizer(self.optimizer, self.modules)
+        check_optimizer(self.optimizer, self.present)
         guard.attach(self)
         self._parameters = [f.parameter for m in self.present for f in m.factors]
         self._adapter.follow_checkpoints()
@@ -152,6 +153,8 @@ class RankAllocator:
 
     def ranks(self) -> dict[str, int]:
         """Live rank by module name, zeros included."""
+        if self._final_ranks is not None:
+            return dict(self._final_ranks)
         return {m.name: int(m.live.sum()) for m in self.modules}
 
     @property
@@ -162,7 +165,7 @@ class RankAllocator:
     @property
     def cost(self) -> int:
         """What the live components cost now."""
-        return sum(c * int(m.live.sum()) for c, m in zip(self._costs, self.modules, strict=True))
+        return sum(c * r for c, r in zip(self._costs, self.ranks().values(), strict=True))
 
     def _equation(self) -> dict[str, int]:
         """What Eq. 9 is computed from."""
@@ -247,7 +250,8 @@ class RankAllocator:
                 stacklevel=2,
             )
         self.detach()
-        return self._adapter.finish_()
+        self._final_ranks = self._adapter.finish_()
+        return self.ranks()
 
     def check_has_stepped(self) -> None:
         """Raise RuntimeError if no optimizer step was ever seen."""

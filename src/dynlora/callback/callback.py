@@ -232,9 +232,10 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         allocator = self._running()
         if self.freeze_on_stop and not allocator.is_frozen and not self._is_complete:
             allocator.freeze_()
+        is_sharded = any(module.is_sharded for module in allocator.modules)
         self.ranks = allocator.finalize_()
         self._write_end(allocator)
-        if any(module.is_sharded for module in allocator.modules):
+        if is_sharded:
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO), so pruned components stay in it as zeros. Call "
                 "export_lora(trainer.model, folder) on every process to write it without them.",

@@ -18,6 +18,9 @@ from dynlora.gated.config import DYNLORA, DynLoraConfig
 from dynlora.gated.guard import expect_allocator
 from dynlora.gated.layer import attach_gate_, resize_
 from dynlora.lora.components import find_components, unwrapped
+from dynlora.lora.follow import name_adapter_
+
+PEFT_PREFIX = "base_model.model."
 
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
@@ -50,10 +53,13 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         # a caller of set_peft_model_state_dict may bring trained biases that the config does not name
         stored = check_tensors({k: v for k, v in state_dict.items() if not k.endswith(".bias")})
         check_others(unwrapped(model), config, stored)
-        check_same_modules([m.name for m in find_components(model, adapter_name)], stored)
+        modules = find_components(model, adapter_name)
+        check_same_modules([m.name for m in modules], stored)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        for module in (m for m in modules if m.is_dropped):
+            name_adapter_(remapped, f"{PEFT_PREFIX}{module.name}.", adapter_name)
         return remapped
 
     def _create_and_replace(

@@ -5,7 +5,7 @@ A run that goes on builds its model by the user's unchanged script, at the first
 """
 
 import copy
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from dynlora.lora.configs import ragged_config, swap_config_
 
 _DO_NOTHING = "".format
 """A built-in that takes any arguments."""
+
+_WITHOUT_ADAPTER = re.compile(r"((?:base_layer\.out_proj\.)?lora_(?:(?:embedding_)?[AB]|c))(\.\w+)?")
+"""A key of an adapter's file below its layer: the container, and the attribute of the entry."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ class CheckpointFollower:
         self._handle: Any = unwrapped(model).register_load_state_dict_pre_hook(self)
 
     def __call__(
-        self, base: nn.Module, state: Mapping[str, Any], prefix: str, *_rest: object
+        self, base: nn.Module, state: dict[str, Any], prefix: str, *_rest: object
     ) -> None:
         """Give each module the rank of its tensors in ``state``; a module without any is dropped."""
         if self.model is None:
             return
         modules = self.start.modules
         names = {id(m): name for name, m in base.named_modules()}
-        ranks = {m.name: _stored_rank(m, state, prefix + names[id(m.layer)] + ".") for m in modules}
+        places = {m.name: prefix + names[id(m.layer)] + "." for m in modules}
+        for module in (m for m in modules if m.is_dropped):
+            name_adapter_(state, places[module.name], module.adapter)
+        ranks = {m.name: _stored_rank(m, state, places[m.name]) for m in modules}
         if not any(ranks.values()):
             return  # another part of the model is loaded
         for module in modules:
@@ -117,7 +123,23 @@ class CheckpointFollower:
             module.resize_(rank)
 
 
-def _stored_rank(module: LoraComponents, state: Mapping[str, Any], prefix: str) -> int:
+def name_adapter_(state: dict[str, Any], prefix: str, adapter: str) -> None:
+    """Put the adapter's name into the keys of a dropped module.
+
+    PEFT does so when it loads an adapter's file, but only for tensors that the model has.
+
+    Args:
+        state: what is about to be loaded.
+        prefix: of the module's keys, with its last dot.
+        adapter: name of the adapter.
+    """
+    for key in [k for k in state if k.startswith(prefix)]:
+        if found := _WITHOUT_ADAPTER.fullmatch(key, len(prefix)):
+            container, attribute = found.groups(default="")
+            state[f"{prefix}{container}.{adapter}{attribute}"] = state.pop(key)
+
+
+def _stored_rank(module: LoraComponents, state: dict[str, Any], prefix: str) -> int:
     """The module's rank in a state dict, 0 where it holds no tensor of the adapter."""
     for key, dim in (
         (f"{prefix}lora_B.{module.adapter}.weight", 1),
