@@ -12,7 +12,7 @@ settings.load_profile("any-machine")
 
 # torch's process group of threads is internal, and was tried with this version first
 collect_ignore = (
-    ["tests/test_ranks_in_threads.py", "lab/tests/test_interrupt_in_threads.py"]
+    ["tests/allocator/test_ranks_in_threads.py", "lab/tests/test_interrupt_in_threads.py"]
     if Version(version("torch")) < Version("2.13")
     else []
 )

@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     set_seed,
@@ -79,6 +81,25 @@ def tiny_t5():
             decoder_start_token_id=0,
         )
     ).eval()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def tiny_experts():
+    """Its experts are fused into one tensor each, adapted by ``target_parameters=EXPERTS``."""
+    set_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = MixtralConfig(
+        **sizes, **heads, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2
+    )
+    model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    return model
+
+
+KINDS = ("embedding", "hf_conv1d", "conv1d", "conv2d", "mha", "linear")
 
 
 class LayerKinds(nn.Module):

@@ -23,7 +23,7 @@ class Species:
         model: class of the model.
         config: its configuration.
         inputs: a batch with labels.
-        adapter: DynLoraConfig fields beside the common ones.
+        adapter: LoraConfig fields beside the common ones.
         output: name of the output to compare.
         drift: how far two equal runs may end apart, relative to the largest weight.
     """

@@ -4,24 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
 from dynlora.allocator.scores import norms, sensitivities
 from dynlora.lora.components import find_components
-from tiny_models import batch, layer_kinds
-
-KINDS = ("embedding", "hf_conv1d", "conv1d", "conv2d", "mha", "linear")
-
-
-def tiny_experts():
-    set_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = MixtralConfig(**sizes, **heads, num_local_experts=3, num_experts_per_tok=2)
-    model = MixtralForCausalLM(config).eval()
-    model.set_experts_implementation("eager")  # the grouped kernel knows no float64
-    return model
-
+from tiny_models import EXPERTS, KINDS, batch, layer_kinds, tiny_experts
 
 def drawn(base, **fields):
     """An adapter in float64 whose A and B are both away from 0."""
@@ -69,10 +55,7 @@ def put(factor, value):
 
 
 CASES = {kind: (layer_kinds, {"target_modules": [kind]}) for kind in KINDS}
-CASES["experts"] = (
-    tiny_experts,
-    {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
-)
+CASES["experts"] = (tiny_experts, {"target_parameters": EXPERTS})
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")

@@ -24,7 +24,7 @@ def killed(folder, *names):
 
 def test_a_killed_run_ends_bit_for_bit_like_the_uninterrupted_one(tmp_path):
     """After the freeze, where the user's script builds a model of other ranks than were saved."""
-    names = ["trainer optimizer 16", "trainer step 21", "loop step 9", "loop compaction 15"]
+    names = ["trainer step 21", "trainer optimizer 16", "loop step 9", "loop compaction 15"]
     rows = killed(tmp_path, *names, "loop control")
     assert [row["name"] for row in rows] == [*names, "loop control"]
     assert [row["same"] for row in rows] == [True] * 4 + [False]

@@ -12,7 +12,7 @@ from dynlora.allocation import Settings
 from dynlora.allocator.checks import check_importance, check_not_all_zero
 from dynlora.allocator.stacks import groups, limits_of, stacks
 from dynlora.lora.components import Factor, LoraComponents
-from dynlora.lora.sharding import full_gradient, full_tensor
+from dynlora.lora.sharding import full_gradient, full_shape, full_tensor
 from dynlora.lora.zero import is_zero_parameter
 
 Score = Callable[[Sequence[LoraComponents], int], None]
@@ -174,12 +174,20 @@ def _signed_sums(probes: Sequence[Factor]) -> list[Tensor]:
 def _weight_and_gradient(probe: Factor) -> tuple[Tensor, Tensor]:
     """What this process holds of both."""
     parameter = probe.parameter
-    if is_zero_parameter(parameter):
+    if is_zero_parameter(parameter) or _splits_components(probe):
         weight, gradient = full_tensor(parameter).detach(), full_gradient(parameter)
     else:
         weight, gradient = _local(parameter.detach()), parameter.grad
         gradient = None if gradient is None else _local(gradient.detach())
     return weight, torch.zeros_like(weight) if gradient is None else gradient
+
+
+def _splits_components(probe: Factor) -> bool:
+    """Whether FSDP2 gave each process some of the components, as it does with gates."""
+    parameter = probe.parameter
+    return isinstance(parameter, DTensor) and any(
+        p.is_shard(probe.dim) for p in parameter.placements
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -190,7 +198,7 @@ def _summed_over_shards(probes: Sequence[Factor], sums: list[Tensor]) -> list[Te
     """The sums over whole tensors, where FSDP2 gave each process some rows: one collective call."""
     places = [
         (p.parameter.device_mesh, p.parameter.placements)
-        if isinstance(p.parameter, DTensor)
+        if isinstance(p.parameter, DTensor) and not _splits_components(p)
         else None
         for p in probes
     ]
@@ -265,7 +273,8 @@ def gram_matrices(factors: Sequence[Factor]) -> list[Tensor]:
     """
     weights = [f.parameter for f in factors]
     kinds = [
-        (w.shape, f.dim, f.copies, f.is_grouped) for w, f in zip(weights, factors, strict=True)
+        (full_shape(w), f.dim, f.copies, f.is_grouped)
+        for w, f in zip(weights, factors, strict=True)
     ]
     grams: list[Tensor] = [torch.zeros(0)] * len(factors)
     for rows in stacks(weights, kinds):

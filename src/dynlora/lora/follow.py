@@ -19,8 +19,10 @@ from dynlora.lora.configs import ragged_config, swap_config_
 _DO_NOTHING = "".format
 """A built-in that takes any arguments."""
 
-_WITHOUT_ADAPTER = re.compile(r"((?:base_layer\.out_proj\.)?lora_(?:(?:embedding_)?[AB]|c))(\.\w+)?")
-"""A key of an adapter's file below its layer: the container, and the attribute of the entry."""
+_WITHOUT_ADAPTER = re.compile(
+    r"((?:base_layer\.out_proj\.)?lora_[AB])(\.\w+)|(lora_embedding_[AB]|lora_c)"
+)
+"""A key of an adapter's file below its layer: a container, with the attribute of its entry or not."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def name_adapter_(state: dict[str, Any], prefix: str, adapter: str) -> None:
     """
     for key in [k for k in state if k.startswith(prefix)]:
         if found := _WITHOUT_ADAPTER.fullmatch(key, len(prefix)):
-            container, attribute = found.groups(default="")
-            state[f"{prefix}{container}.{adapter}{attribute}"] = state.pop(key)
+            container, attribute, bare = found.groups(default="")
+            state[f"{prefix}{container or bare}.{adapter}{attribute}"] = state.pop(key)
 
 
 def _stored_rank(module: LoraComponents, state: dict[str, Any], prefix: str) -> int:
