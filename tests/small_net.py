@@ -79,7 +79,7 @@ def attached(total_steps=40, optimizer=adamw, score=None, **fields):
 
 def train(model, optimizer, steps, *, dtype=torch.float32):
     """Plain training on the fixed data; returns the losses."""
-    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)][0]
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     width, outputs = layers[0].in_features, layers[-1].out_features
     x, y = (t.to(dtype) for t in data(width=width, outputs=outputs))
     losses = []

@@ -1,6 +1,6 @@
 """One of two processes that train the small net together; run by allocator/test_distributed.py.
 
-``torchrun --nproc-per-node 2 worker_processes.py MODE FOLDER [FIELDS [SPOIL]]`` saves what each process saw.
+``torchrun --nproc-per-node 2 worker_processes.py MODE FOLDER [FIELDS [SPOIL]]`` saves what each saw.
 """
 
 import json
@@ -31,9 +31,7 @@ def fsdp2(model):
 
 
 def fsdp1(model):
-    return FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), use_orig_params=True
-    )
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
 WRAPPERS = {"ddp": ddp, "ddp-inside": ddp, "ddp-without": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1}

@@ -235,7 +235,9 @@ def test_a_component_that_would_fit_is_left_out_only_for_denser_ones(rows, budge
     keep = allocation.select_components(scores, costs, budget)
     for i, (score, cost) in enumerate(rows):
         denser = [
-            costs[j] for j, (s, c) in enumerate(rows) if keep[j] and s * cost >= score * c and j != i
+            costs[j]
+            for j, (s, c) in enumerate(rows)
+            if keep[j] and s * cost >= score * c and j != i
         ]
         assert keep[i] or cost > budget - sum(denser)
 
@@ -254,9 +256,7 @@ def test_the_floor_is_kept_in_every_module_with_its_best_components(modules, flo
     flat = torch.tensor([score for scores in modules for score in scores])
     sizes = [len(scores) for scores in modules]
     needed = sum(min(floor, size) for size in sizes)
-    keep = allocation.select_components(
-        flat, ones(flat), needed + extra, min_r=floor, sizes=sizes
-    )
+    keep = allocation.select_components(flat, ones(flat), needed + extra, min_r=floor, sizes=sizes)
     assert int(keep.sum()) == min(needed + extra, len(flat))
     for scores, kept in zip(flat.split(sizes), keep.split(sizes), strict=True):
         assert int(kept.sum()) >= min(floor, len(scores))

@@ -352,7 +352,11 @@ def test_inductor_code_gives_the_losses_of_the_eager_model():
 def grouped(model):
     """LoRA+ and more: each kind of factor and each module has its own learning rate."""
     groups = [
-        {"params": [f.parameter], "lr": 1e-3 * (1 + i) * (1 + 8 * f.dim), "weight_decay": 0.1 * f.dim}
+        {
+            "params": [f.parameter],
+            "lr": 1e-3 * (1 + i) * (1 + 8 * f.dim),
+            "weight_decay": 0.1 * f.dim,
+        }
         for i, module in enumerate(find_components(model, "default"))
         for f in module.factors
     ]

@@ -79,9 +79,7 @@ DDP = [
 @pytest.mark.parametrize(("mode", "fields"), DDP, ids=str)
 def test_ddp_compacts_and_equals_one_process(tmp_path, mode, fields):
     fields = {**POOR, **fields}
-    one, two = launch(
-        TORCHRUN, "worker_processes.py", mode, json.dumps(fields), folder=tmp_path
-    )
+    one, two = launch(TORCHRUN, "worker_processes.py", mode, json.dumps(fields), folder=tmp_path)
     assert one["ranks"] == two["ranks"]
     assert 0 in one["ranks"].values()
     assert one["losses"] == two["losses"]
@@ -105,9 +103,7 @@ SHARDED = [
 @pytest.mark.parametrize(("mode", "fields"), SHARDED, ids=str)
 def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode, fields):
     fields = {**POOR, **fields}
-    one, two = launch(
-        TORCHRUN, "worker_processes.py", mode, json.dumps(fields), folder=tmp_path
-    )
+    one, two = launch(TORCHRUN, "worker_processes.py", mode, json.dumps(fields), folder=tmp_path)
     assert one["ranks"] == two["ranks"]
     assert 0 in one["ranks"].values()
     assert one["losses"] == two["losses"]

@@ -119,7 +119,12 @@ def test_reading_scaled_gradients_leaves_them_as_they_are():
 
 @pytest.mark.parametrize(
     ("settings", "bound"),
-    [({"preset": "paper"}, 55), ({"importance": "share"}, 40), ({"importance": "norm"}, 40), ({}, 25)],
+    [
+        ({"preset": "paper"}, 55),
+        ({"importance": "share"}, 40),
+        ({"importance": "norm"}, 40),
+        ({}, 25),
+    ],
     ids=str,
 )
 def test_an_accelerator_launches_few_kernels_for_all_of_roberta(settings, bound):

@@ -9,6 +9,7 @@ from dynlora.allocator.scores import norms, sensitivities
 from dynlora.lora.components import find_components
 from tiny_models import EXPERTS, KINDS, batch, layer_kinds, tiny_experts
 
+
 def drawn(base, **fields):
     """An adapter in float64 whose A and B are both away from 0."""
     model = get_peft_model(base.double(), LoraConfig(r=3, lora_alpha=6, **fields))

@@ -57,7 +57,9 @@ def test_fields_of_older_versions_are_understood_where_they_changed_nothing(tmp_
 def test_and_refused_where_they_did(tmp_path, fields):
     DynLoraConfig(target_r=2, target_modules=["q"]).save_pretrained(tmp_path)
     rewrite(tmp_path / "adapter_config.json", fields)
-    with pytest.raises(ValueError, match="was saved by an older dynlora and is no longer supported"):
+    with pytest.raises(
+        ValueError, match="was saved by an older dynlora and is no longer supported"
+    ):
         DynLoraConfig.from_pretrained(tmp_path)
 
 
@@ -85,7 +87,10 @@ OWN = [
     ({"ensure_weight_tying": True}, r"ensure_weight_tying=True cannot be combined"),
     ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' must be True or False.*init_std"),
 ]
-REFUSED = [*OWN, *((fields, message) for fields, message in SETTINGS_REFUSED if "min_r" not in fields)]
+REFUSED = [
+    *OWN,
+    *((fields, message) for fields, message in SETTINGS_REFUSED if "min_r" not in fields),
+]
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED, ids=lambda v: str(v)[:40])

@@ -139,7 +139,9 @@ def test_fault_the_regularizer_is_lost_without_a_task_type():
             RankAllocator(model, optimizer, total_steps=STEPS, dem_weight=weight, **SETTINGS)
             model(**batch(model.get_base_model())).loss.backward()
             optimizer.step()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+            )
     assert not torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
     assert torch.equal(gradients[1], gradients[3])

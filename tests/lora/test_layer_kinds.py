@@ -131,7 +131,10 @@ def test_each_kind_resumes_bit_for_bit_in_a_model_of_the_unchanged_script(name):
         runs.append(model.state_dict())
     for other in runs[1:]:
         assert other.keys() == runs[0].keys()
-        for key, value in other.items():  # PEFT adds ΔW of attention to its weights and subtracts it
+        for (
+            key,
+            value,
+        ) in other.items():  # PEFT adds ΔW of attention to its weights and subtracts it
             tolerance = {"rtol": 0, "atol": 1e-4 if "mha" in str(fields) else 0}
             torch.testing.assert_close(value, runs[0][key], **tolerance)
 

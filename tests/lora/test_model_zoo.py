@@ -44,6 +44,8 @@ def outputs(model, species):
 
 
 @in_the_zoo
+@pytest.mark.filterwarnings("ignore:Already unmerged")  # PEFT, of attention at rank 0
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT looks at modules only
 def test_a_run_resumes_to_the_bit_and_ends_as_a_plain_lora_of_the_target_size(species, tmp_path):
     model = fresh(species)
     optimizer, allocator = attached(model)
@@ -53,7 +55,8 @@ def test_a_run_resumes_to_the_bit_and_ends_as_a_plain_lora_of_the_target_size(sp
         state = model.state_dict(), optimizer.state_dict(), allocator.state_dict()
         saved[stop], at = copy.deepcopy(state), stop
     assert allocator.cost <= allocator.target_cost
-    assert [m.rank for m in allocator.present] == [r for r in allocator.ranks().values() if r]
+    live = zip(allocator.modules, allocator.ranks().values(), strict=True)
+    assert [m.rank for m in allocator.modules] == [rank or (not m.can_drop) for m, rank in live]
     held = [p for group in optimizer.param_groups for p in group["params"]]
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sorted(map(id, held)) == sorted(map(id, trainable)) == sorted(map(id, optimizer.state))

@@ -13,7 +13,17 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.hotswap import hotswap_adapter
 
 from dynlora import RankAllocator, warm_start_
-from tiny_models import adapted, batch, config, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, train
+from tiny_models import (
+    adapted,
+    batch,
+    config,
+    logits,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    train,
+)
 
 MOMENTS = {"before the window": 1, "inside it": 5, "after the freeze": 12}
 in_every_moment = pytest.mark.parametrize("moment", MOMENTS)

@@ -124,9 +124,7 @@ class RankAllocator:
         self.target_cost = allocation.target_cost(
             self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
         )
-        check_target(
-            self.settings, self.target_cost, self.total_cost, self._costs, self.modules
-        )
+        check_target(self.settings, self.target_cost, self.total_cost, self._costs, self.modules)
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []

@@ -63,7 +63,9 @@ def cut_state(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> o
     if isinstance(value, list | tuple):
         parts = [cut_state(f"{key}[{i}]", v, old, keep, dim) for i, v in enumerate(value)]
         kind: Any = type(value)
-        return kind(*parts) if hasattr(value, "_fields") else kind(parts)  # a NamedTuple takes fields
+        return (
+            kind(*parts) if hasattr(value, "_fields") else kind(parts)
+        )  # a NamedTuple takes fields
     if not isinstance(value, Tensor):
         if isinstance(value, int | float | str | bool | bytes | None) or callable(value):
             return value

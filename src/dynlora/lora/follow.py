@@ -83,9 +83,7 @@ class CheckpointFollower:
         self.start = start
         self._handle: Any = unwrapped(model).register_load_state_dict_pre_hook(self)
 
-    def __call__(
-        self, base: nn.Module, state: dict[str, Any], prefix: str, *_rest: object
-    ) -> None:
+    def __call__(self, base: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
         """Give each module the rank of its tensors in ``state``; a module without any is dropped."""
         if self.model is None:
             return
