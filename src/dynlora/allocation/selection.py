@@ -11,7 +11,7 @@ def select_components(
     costs: Tensor,
     budget: int,
     *,
-    min_r: int = 0,
+    floors: Sequence[int] = (),
     sizes: Sequence[int] = (),
 ) -> Tensor:
     """Keep the components with the most score per cost, as far as the budget goes.
@@ -25,8 +25,8 @@ def select_components(
             below 0 never stay.
         costs: what each component takes from the budget, (components,), positive integers.
         budget: what may be kept in the whole model, 0 or more.
-        min_r: the best components of every module that stay first, as far as they fit.
-        sizes: components of each module, in module order; needed with ``min_r``.
+        floors: how many of the best components of each module stay first, as far as they fit.
+        sizes: components of each module, in module order; needed with ``floors``.
 
     Returns:
         True where a component stays, (components,); together they cost at most ``budget``. Ties go to
@@ -49,8 +49,8 @@ def select_components(
     density = (scores.double() / costs.to(scores.device)).cpu()
     price = costs.tolist()
     order = density.argsort(descending=True, stable=True).tolist()
-    if min_r:
-        first = _best_of_each(order, sizes, min_r)
+    if any(floors):
+        first = _best_of_each(order, sizes, floors)
         order = [i for i in order if i in first] + [i for i in order if i not in first]
     keep = torch.zeros(len(price), dtype=torch.bool)
     left, cheapest = budget, min(price, default=1)
@@ -63,10 +63,10 @@ def select_components(
     return keep.to(scores.device)
 
 
-def _best_of_each(order: Sequence[int], sizes: Sequence[int], count: int) -> set[int]:
-    """The first ``count`` components of every module in ``order``."""
+def _best_of_each(order: Sequence[int], sizes: Sequence[int], floors: Sequence[int]) -> set[int]:
+    """The components of each module that come first in ``order``, as many as its floor."""
     module = [m for m, size in enumerate(sizes) for _ in range(size)]
-    left = [count] * len(sizes)
+    left = list(floors)
     first = set()
     for i in order:
         if left[module[i]]:

@@ -27,10 +27,13 @@ class Settings:
 
     Args:
         target_r: mean rank per adapted module at the end, a number above 0; 2.5 and 0.5 are fine. With
-            ``budget="parameters"`` the adapter ends no larger than a LoRA of that rank.
+            ``budget="parameters"`` the adapter ends no larger than a LoRA of that rank. ``auto``: nothing
+            is pruned until the freeze, and then as much as the held-out loss allows.
+        tolerance: with ``auto``, the relative rise of the held-out loss that is accepted, above 0.
         min_r: components that every module keeps, whatever their scores; an integer of at least 0.
         prune_start: share of the optimizer steps before the first pruning, in [0, 1).
-        prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1].
+        prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1]; 0.5 if not
+            given, 0.7 with ``auto``.
         prune_interval: optimizer steps between two prunings, at least 1.
         ema_beta: β of Eq. 8, weight of the past in the smoothed importance, in [0, 1).
         importance: what components are ranked by. ``sensitivity``: abs(⟨b, ∂L/∂b⟩), by how much the
@@ -55,10 +58,11 @@ class Settings:
         0.5
     """
 
-    target_r: float
+    target_r: float | Literal["auto"]
+    tolerance: float = 0.02
     min_r: int = 0
     prune_start: float = 0.15
-    prune_end: float = 0.5
+    prune_end: float = None  # type: ignore[assignment]  # filled in __post_init__
     prune_interval: int = 10
     ema_beta: float = 0.9
     importance: Importance = "sensitivity"
@@ -69,7 +73,9 @@ class Settings:
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every rule."""
+        """Fill in the end of the window, and check every rule."""
+        if self.prune_end is None:
+            object.__setattr__(self, "prune_end", 0.7 if self.is_auto else 0.5)
         self._check_ranks()
         self._check_window()
         for name, kind in (("importance", Importance), ("budget", Budget)):
@@ -94,13 +100,27 @@ class Settings:
                 "steps, or None to take it from the Trainer or RankAllocator."
             )
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the budget is found by held-out loss."""
+        return self.target_r == "auto"
+
     def _check_ranks(self) -> None:
-        if not is_number(self.target_r) or not self.target_r > 0:
+        if not is_number(self.tolerance) or not self.tolerance > 0:
             raise ValueError(
-                f"target_r={self.target_r!r} must be a number above 0: the mean rank per module at the "
-                "end; 0.5, say, is one component for every two modules."
+                f"tolerance={self.tolerance!r} must be a number above 0: the relative rise of the held-out "
+                "loss that target_r='auto' accepts, such as 0.02."
             )
-        if not is_integer(self.min_r) or not 0 <= self.min_r <= self.target_r:
+        if self.is_auto:
+            if not is_integer(self.min_r) or self.min_r < 0:
+                raise ValueError(f"min_r={self.min_r!r} must be an integer of at least 0.")
+            return
+        if not is_number(self.target_r) or not float(self.target_r) > 0:
+            raise ValueError(
+                f"target_r={self.target_r!r} must be a number above 0, the mean rank per module at the "
+                "end (0.5 is one component for every two modules), or 'auto'."
+            )
+        if not is_integer(self.min_r) or not 0 <= self.min_r <= float(self.target_r):
             raise ValueError(
                 f"min_r={self.min_r!r} must be an integer from 0 to target_r={self.target_r}: the "
                 "components that every module keeps."
@@ -143,7 +163,7 @@ def settings_from(given: dict[str, Any], *, preset: str | None = None, where: st
     if "target_r" not in given:
         raise ValueError(
             f"{where} needs target_r, the mean rank per adapted module at the end, such as "
-            f"{where}(target_r=8)."
+            f"{where}(target_r=8), or target_r='auto'."
         )
     return Settings(**{**(PAPER if preset == "paper" else {}), **given})
 

@@ -9,18 +9,21 @@ from torch.optim import Optimizer
 
 from dynlora import allocation
 from dynlora.allocator import guard
+from dynlora.allocator.auto import BudgetSearch, Choice, Evaluate
 from dynlora.allocator.averaged_copies import AveragedCopies
 from dynlora.allocator.checks import (
     FiniteGuard,
     check_optimizer,
     check_target,
     check_weights,
+    known_evaluate,
     known_total_steps,
     reading_is_free,
 )
 from dynlora.allocator.compaction import compact_, forget_parameters_
 from dynlora.allocator.dem import add_dem_to_gradients_
 from dynlora.allocator.masks import Masks
+from dynlora.allocator.outside_copies import warn_of_outside_copies
 from dynlora.allocator.processes import (
     DdpFinder,
     broadcast_choice,
@@ -48,6 +51,7 @@ from dynlora.errors import CannotShrinkError
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
 from dynlora.lora.follow import AdapterStart
+from dynlora.lora.rotation import rotate_
 
 
 class RankAllocator:
@@ -63,6 +67,8 @@ class RankAllocator:
         adapter: which adapter; may be left out if only one is trainable.
         score: instead of an importance by name: a function that writes scores into ``ema`` of each
             module after every step until the freeze.
+        evaluate: with ``target_r="auto"``: a function that returns the held-out loss of the model as it
+            is, called some twenty times at the freeze. On several processes each returns its own share's.
         preset: ``paper`` for the paper's values of the settings that are not given.
         start: the adapter as it was when the run began, where the model has taken the ranks of a
             checkpoint since; DynLoraCallback passes it.
@@ -93,6 +99,7 @@ class RankAllocator:
         total_steps: int | None = None,
         adapter: str | None = None,
         score: Score | None = None,
+        evaluate: Evaluate | None = None,
         preset: str | None = None,
         start: AdapterStart | None = None,
         **settings: Any,
@@ -108,8 +115,9 @@ class RankAllocator:
         self._adapter.check()
         if not any(m.is_trainable for m in self.modules):
             raise ValueError(
-                f"adapter={self.adapter!r} is not trainable: its weights receive no gradient. Load it "
-                "with is_trainable=True, or activate it with model.set_adapter(...)."
+                f"adapter={self.adapter!r} is not trainable: nothing that scores its components requires "
+                f"gradients, such as {_probe_name(self.modules)}. Load it with is_trainable=True, activate "
+                "it with model.set_adapter(...), or unfreeze that parameter."
             )
         self.total_steps = known_total_steps(self.settings, total_steps)
         self.start, self.stop = allocation.pruning_window(
@@ -121,10 +129,13 @@ class RankAllocator:
         self.total_cost = sum(
             cost * rank for cost, rank in zip(self._costs, self._begun.ranks.values(), strict=True)
         )
-        self.target_cost = allocation.target_cost(
-            self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
+        self.evaluate = known_evaluate(self.settings, evaluate, self.modules)
+        self.target_cost = self._known_target()
+        self._floors = [max(self.settings.min_r, not m.can_drop) for m in self.modules]
+        needed = sum(f * c for f, c in zip(self._floors, self._costs, strict=True))
+        check_target(
+            self.settings, self.target_cost, self.total_cost, needed, self._costs, self.modules
         )
-        check_target(self.settings, self.target_cost, self.total_cost, self._costs, self.modules)
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []
@@ -179,6 +190,13 @@ class RankAllocator:
             return [1] * len(self.modules)
         return [max(1, size) for size in self._begun.sizes.values()]
 
+    def _known_target(self) -> int:
+        if self.settings.target_r == "auto":
+            return self.total_cost  # until the freeze
+        return allocation.target_cost(
+            self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
+        )
+
     def plan(self) -> dict[str, Any]:
         """The run as it is meant to go, for its record; plain numbers.
 
@@ -189,6 +207,8 @@ class RankAllocator:
             target_cost.
         """
         events = allocation.prune_plan(**self._equation(), interval=self.settings.prune_interval)
+        if self.settings.is_auto:
+            events = [(self.stop, self.target_cost)]
         return {
             "total_steps": self.total_steps,
             "importance": self.score.name,
@@ -238,13 +258,21 @@ class RankAllocator:
             NotFiniteError: a gradient or a weight of the adapter is NaN or infinite.
         """
         self.check_has_stepped()
+        if callable(show_averages := getattr(self.optimizer, "eval", None)):
+            show_averages()  # a schedule-free optimizer trains other weights than those to keep
         self.check_finite()
-        if not self.is_frozen:
+        if self.cost > self.target_cost:
+            why = (
+                "its weights are of a checkpoint from before the freeze (load_best_model_at_end)"
+                if self.is_frozen
+                else f"training ended after {self.step} of {self.total_steps} steps, before the ranks "
+                f"are frozen at step {self.stop}"
+            )
             warnings.warn(
-                f"Training ended after {self.step} of {self.total_steps} steps, before the ranks are "
-                f"frozen at step {self.stop}: the adapter keeps {self.cost} {self.settings.budget} "
-                f"instead of {self.target_cost}. Call allocator.freeze_() before finalize_() to cut it "
-                "down at once.",
+                f"The adapter keeps {self.cost} {self.settings.budget} instead of {self.target_cost}: "
+                f"{why}. Its function is unchanged. To cut it down, call allocator.freeze_() before "
+                "finalize_(), pass freeze_on_stop=True to DynLoraCallback, or use `dynlora shrink` on "
+                "what is saved.",
                 stacklevel=2,
             )
         self.detach()
@@ -289,6 +317,8 @@ class RankAllocator:
             ValueError: the state is damaged, another version's or another plan's, or the model's
                 adapter was not restored.
         """
+        if self.settings.is_auto and isinstance(state.get("target_cost"), int):
+            self.target_cost = state["target_cost"]  # found at the freeze, or still the whole
         check_state(state, self._contract())
         restore_scores_(state, self.modules)
         self.step, self.is_frozen = state["step"], state["is_frozen"]
@@ -311,6 +341,7 @@ class RankAllocator:
         """Read the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
             return None
+        guard.heard(self)  # now: optimizers chained inside this one step next
         return once_computed(args, kwargs, lambda: self._read_gradients(optimizer))
 
     def _read_gradients(self, optimizer: Any) -> None:
@@ -341,27 +372,33 @@ class RankAllocator:
                 "finalize_() it before going on."
             )
         self.step += 1
-        if self.step == 1:
-            guard.heard(self)
         if not self.is_frozen:
             self.score(self.present, self.step)
-            if allocation.is_prune_step(
-                self.step,
-                start=self.start,
-                stop=self.stop,
-                interval=self.settings.prune_interval,
-            ):
-                self._prune(self.budget)
+            if self._is_prune_step():
+                self._prune()
         if self.step == self.stop:
             self._freeze()
         elif self.is_frozen or not self.settings.revival:
             self._masks.apply_()
 
-    def _prune(self, budget: int) -> None:
-        """Keep the components with the most score per cost in the whole model; the others become 0."""
+    def _is_prune_step(self) -> bool:
+        if self.settings.is_auto:
+            return self.step == self.stop
+        return allocation.is_prune_step(
+            self.step, start=self.start, stop=self.stop, interval=self.settings.prune_interval
+        )
+
+    def _prune(self, *, is_last: bool = False) -> None:
+        """Keep the components with the most score per cost in the whole model; the others become 0.
+
+        Args:
+            is_last: whether the target is met now, whatever the step.
+        """
         self._guard.read(step=self.step)
         self.score.check(self.present, self.step)
-        scores = _gathered([m.ema.float() for m in self.modules])
+        choice = self._search() if self.settings.is_auto else None
+        smoothed = _gathered([m.ema.float() for m in self.modules])
+        scores = smoothed if choice is None else choice.scores
         before = _gathered([m.live for m in self.modules])
         if not self.settings.revival:
             scores[~before] = -1.0
@@ -369,9 +406,8 @@ class RankAllocator:
         costs = torch.tensor(
             [cost for cost, size in zip(self._costs, sizes, strict=True) for _ in range(size)]
         )
-        keep = allocation.select_components(
-            scores, costs, budget, min_r=self.settings.min_r, sizes=sizes
-        )
+        budget = self.target_cost if is_last else self.budget
+        keep = allocation.select_components(scores, costs, budget, floors=self._floors, sizes=sizes)
         keep = broadcast_choice(keep, self.present[0].ema.device)
         if not bool(keep.any()):
             raise ValueError(
@@ -382,11 +418,23 @@ class RankAllocator:
             module.live.copy_(live)
         self._masks = Masks(self.modules)
         self._masks.apply_()
-        self.history.append(
-            prune_event(
-                self.modules, scores, before, keep, step=self.step, cost=int(costs[keep].sum())
-            )
+        cost = int(costs[keep].sum())
+        event = prune_event(self.modules, scores, before, keep, step=self.step, cost=cost)
+        self.history.append(event if choice is None else {**event, "auto": choice.record()})
+
+    def _search(self) -> Choice:
+        """Find the budget by held-out loss, and turn the components if their energy decides."""
+        assert self.evaluate is not None  # noqa: S101  # known_evaluate has seen to it
+        tolerance = self.settings.tolerance
+        search = BudgetSearch(
+            self.modules, self._costs, self._floors, self.evaluate, tolerance=tolerance
         )
+        choice = search.search()
+        self.target_cost = choice.curve.budget
+        if choice.order == "energy":
+            for module in self.modules:
+                rotate_(module, self.optimizer)
+        return choice
 
     @torch.no_grad()
     def freeze_(self) -> None:
@@ -398,7 +446,7 @@ class RankAllocator:
         self.check_has_stepped()
         if self.is_frozen:
             return
-        self._prune(self.target_cost)  # if it refuses, the run can go on as planned
+        self._prune(is_last=True)  # where it refuses, the run can go on as planned
         self.stop = self.step
         self.start = min(self.start, self.stop - 1)
         self._freeze()
@@ -406,6 +454,8 @@ class RankAllocator:
     def _freeze(self) -> None:
         self._copies.mask_like_(self.modules)
         self.is_frozen = True
+        if self.settings.compact:
+            warn_of_outside_copies(self.modules)
         ddp = self._finder.ddp
         can_shrink = self.settings.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
         if not can_shrink or any(m.is_sharded for m in self.modules):
@@ -432,7 +482,14 @@ class RankAllocator:
         forget_parameters_(optimizer, gone)
 
 
+def _probe_name(modules: list[LoraComponents]) -> str:
+    module = next(m for m in modules if not m.is_dropped)
+    probe = module.probes[0]
+    parts = (module.path, probe.container, module.adapter, probe.attribute)
+    return ".".join(filter(None, parts))
+
+
 def _gathered(tensors: list[Tensor]) -> Tensor:
-    """One tensor of all of them, where the modules of a model may lie on several devices."""
+    """One tensor of all of them on the CPU; the modules of a model may lie on several devices."""
     devices = {t.device for t in tensors}
-    return torch.cat(tensors if len(devices) == 1 else [t.cpu() for t in tensors])
+    return torch.cat(tensors if len(devices) == 1 else [t.cpu() for t in tensors]).cpu()

@@ -4,7 +4,7 @@ NaN and infinity are reported where they arise, by module, and no rank is ever d
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +42,61 @@ def known_total_steps(settings: Settings, total_steps: int | None) -> int:
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
 
-def check_target(
-    settings: Settings, target: int, total: int, costs: Sequence[int], modules: Sequence[Any]
-) -> None:
-    """Refuse a target above what the adapter starts with, or below one component.
+def known_evaluate(
+    settings: Settings, evaluate: Callable[[], float] | None, modules: Sequence[LoraComponents]
+) -> Callable[[], float] | None:
+    """The function that ``target_r="auto"`` asks, None where nobody asks.
 
     Raises:
-        ValueError: ``target_r`` asks for more than all components, or for less than the largest one
-            costs, so that a cut could leave nothing at all.
+        ValueError: it is missing, or the adapter is sharded over several processes.
     """
-    if target < max(costs):
+    if not settings.is_auto:
+        return None
+    if any(m.is_sharded for m in modules):
+        raise ValueError(
+            "target_r='auto' tries smaller adapters in place, which one process cannot do to a model that "
+            "FSDP or ZeRO shards. Set target_r to a number, or use DDP."
+        )
+    if evaluate is None:
+        raise ValueError(
+            "target_r='auto' needs a held-out loss. Give the Trainer an eval_dataset, or pass "
+            "evaluate=..., a function that returns the held-out loss of the model."
+        )
+    return evaluate
+
+
+def check_target(
+    settings: Settings,
+    target: int,
+    total: int,
+    needed: int,
+    costs: Sequence[int],
+    modules: Sequence[LoraComponents],
+) -> None:
+    """Refuse a target above what the adapter starts with, or below what its modules must keep.
+
+    Args:
+        settings: of the run.
+        target: what ``target_r`` asks for.
+        total: what all components cost.
+        needed: what the components cost that every module keeps.
+        costs: of one component of each module.
+        modules: the adapted modules.
+
+    Raises:
+        ValueError: the target is out of this range.
+    """
+    if needed > target:
+        fixed = [m.name for m in modules if not m.can_drop]
+        why = f"min_r={settings.min_r}" if settings.min_r else f"{fixed[0]!r} and its like"
+        raise ValueError(
+            f"target_r={settings.target_r} asks for {target} {settings.budget}, but {needed} must stay: "
+            f"{why} ({len(fixed)} of {len(modules)} modules cannot lose their last component: fused "
+            "experts, and modules whose biases are trained). Raise target_r."
+        )
+    if target < max(
+        costs
+    ):  # cuts are final: what is left at last could be too large for the target
         largest = modules[costs.index(max(costs))].name
         raise ValueError(
             f"target_r={settings.target_r} asks for {target} {settings.budget}, but one component of "
@@ -70,6 +115,10 @@ def check_target(
 def check_optimizer(optimizer: Any, modules: Sequence[LoraComponents]) -> None:
     """Refuse an optimizer that trains other parameters than the adapter's present ones.
 
+    Args:
+        optimizer: a torch or ZeRO optimizer.
+        modules: none of them dropped.
+
     Raises:
         ValueError: a trained parameter of the adapter is missing in it.
     """
@@ -81,8 +130,10 @@ def check_optimizer(optimizer: Any, modules: Sequence[LoraComponents]) -> None:
         if not trained <= held:
             raise ValueError(
                 f"optimizer={type(optimizer).__name__} does not hold the adapter parameters of "
-                f"module {module.name!r}. Build it after get_peft_model and after loading adapter "
-                "weights, from [p for p in model.parameters() if p.requires_grad]."
+                f"module {module.name!r}. Build it after get_peft_model, from [p for p in "
+                "model.parameters() if p.requires_grad]. Where several optimizers share the adapter, as "
+                "with Muon, pass one torch.optim.Optimizer that holds all parameters and whose step() "
+                "calls theirs."
             )
 
 

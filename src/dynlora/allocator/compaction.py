@@ -4,7 +4,8 @@ Parameters stay the same objects and get smaller data, so that lists kept for cl
 optimizers stay right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, ValuesView
+from itertools import compress
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 
 from dynlora.allocator.optimizer_state import cut_states
 from dynlora.lora.components import LoraComponents
+
+_BESIDE_PARAMS = ("param_names", "names", "scaling_factors")
+"""Lists of a parameter group with one entry for each parameter: torch's names, and LoRA-FA's."""
 
 
 @torch.no_grad()
@@ -29,42 +33,68 @@ def compact_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> 
     Raises:
         CannotShrinkError: an optimizer state has a shape that says nothing about components.
     """
+    optimizers = [] if optimizer is None else with_inner_optimizers(optimizer)
     shrinking = [m for m in modules if not m.is_dropped and not bool(m.live.all())]
-    cuts = [
-        (m, keep, _cut_states(m, keep, optimizer))
-        for m in shrinking
-        if len(keep := m.kept()) < m.rank
+    cuts = [(m, keep) for m in shrinking if len(keep := m.kept()) < m.rank]
+    states = [
+        (one, entry) for one in optimizers for m, keep in cuts for entry in _states(one, m, keep)
     ]
-    gone: list[nn.Parameter] = []
-    for module, keep, states in cuts:
-        gone += module.keep_(keep)
-        for parameter, state in states:
-            optimizer.state[parameter] = state  # type: ignore[union-attr]  # states come from it
-    if optimizer is not None:
-        forget_parameters_(optimizer, gone)
+    gone = [parameter for module, keep in cuts for parameter in module.keep_(keep)]
+    for one, (key, state) in states:
+        one.state[key] = state
+    for one in optimizers:
+        forget_parameters_(one, gone)
 
 
-def _cut_states(
-    module: LoraComponents, keep: Tensor, optimizer: Optimizer | None
-) -> list[tuple[nn.Parameter, dict[str, Any]]]:
-    """The optimizer's state of each of the module's parameters, for the components that stay."""
-    if optimizer is None or len(keep) == 0:
-        return []
+def _states(
+    optimizer: Optimizer, module: LoraComponents, keep: Tensor
+) -> list[tuple[Any, dict[str, Any]]]:
+    """The optimizer's state of each of the module's parameters, by key, for what stays."""
     states = []
-    for factor in module.factors:
+    for factor in module.factors if len(keep) else ():
         parameter = factor.parameter
-        if parameter in optimizer.state:
+        if (key := _state_key(optimizer, parameter)) in optimizer.state:
             places = factor.positions(keep.to(parameter.device))
-            state = cut_states(optimizer.state[parameter], parameter, places, factor.dim)
-            states.append((parameter, state))
+            state = cut_states(optimizer.state[key], parameter, places, factor.dim)
+            states.append((key, state))
     return states
+
+
+def _state_key(optimizer: Optimizer, parameter: nn.Parameter) -> Any:
+    """What the optimizer's state of a parameter is found by: the parameter, in LoRA-FA a name of the pair.
+
+    The pair's state has the shape of B; A is frozen there.
+    """
+    for group in optimizer.param_groups:
+        for held, name in zip(group["params"], group.get("names", ()), strict=False):
+            if held is parameter and parameter.requires_grad and "lora" in name:
+                return name[: name.find("lora")] + "lora"
+    return parameter
+
+
+def with_inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those that it steps: its attributes, alone or in lists and dicts."""
+    found = [optimizer]
+    for one in found:
+        for value in vars(one).values():
+            held = value.values() if isinstance(value, dict) else value
+            inner = list(held) if isinstance(held, list | tuple | ValuesView) else [held]
+            found += [o for o in inner if isinstance(o, Optimizer) and not _holds(found, o)]
+    return found
+
+
+def _holds(found: Sequence[Optimizer], optimizer: Optimizer) -> bool:
+    return any(one is optimizer for one in found)
 
 
 def forget_parameters_(optimizer: Optimizer, gone: Sequence[nn.Parameter]) -> None:
     """Take parameters out of an optimizer, with their state."""
     left = {id(p) for p in gone}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in left]
     for parameter in gone:
+        optimizer.state.pop(_state_key(optimizer, parameter), None)
         parameter.grad = None
-        optimizer.state.pop(parameter, None)
+    for group in optimizer.param_groups:
+        stays = [id(p) not in left for p in group["params"]]
+        for name in ("params", *_BESIDE_PARAMS):
+            if name in group:
+                group[name] = list(compress(group[name], stays))

@@ -44,6 +44,20 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(flags.item())
 
 
+def mean_over_processes(value: float, device: torch.device) -> float:
+    """The mean of a number that each process has; all of them must call it.
+
+    Args:
+        value: of this process.
+        device: one that the process group communicates on.
+    """
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total) / world_size()
+
+
 class DdpFinder:
     """Finds the DistributedDataParallel around a model that one was only given from the inside.
 

@@ -4,17 +4,20 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from dynlora.allocation import settings_from
+from dynlora.allocation.settings import is_integer
 from dynlora.allocator import RankAllocator
 from dynlora.allocator.record import memory_bytes
 from dynlora.allocator.scores import Score
+from dynlora.callback.held_out import known_evaluate
 from dynlora.callback.live_logs import LiveLogs, RankImage, calling_handler, stand_first
 from dynlora.history import HistoryFile
 from dynlora.lora.components import configs_of, is_lora
@@ -36,8 +39,12 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ``live_logs.live_fields``) and, line by line, in ``history.jsonl`` in ``output_dir``.
 
     Args:
-        target_r: mean rank per adapted module at the end; left out only where the adapter's config is a
-            DynLoraConfig, which holds the settings itself.
+        target_r: mean rank per adapted module at the end, or ``auto`` for the smallest adapter whose
+            held-out loss stays within ``tolerance`` of the whole one's; left out only where the adapter's
+            config is a DynLoraConfig, which holds the settings itself.
+        evaluate: with ``auto``, a function that returns the held-out loss; by default that of the
+            Trainer's ``eval_dataset``.
+        eval_batches: with ``auto``, how many batches of the ``eval_dataset`` are used, at least 1.
         adapter: which adapter; may be left out if only one LoRA adapter is trainable.
         rank_image: draws the ranks at each prune event for TensorBoard, such as
             ``dynlora.report.rank_image``; None draws nothing.
@@ -59,8 +66,10 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     def __init__(
         self,
-        target_r: float | None = None,
+        target_r: float | Literal["auto"] | None = None,
         *,
+        evaluate: Callable[[], float] | None = None,
+        eval_batches: int = 8,
         adapter: str | None = None,
         rank_image: RankImage | None = None,
         score: Score | None = None,
@@ -74,6 +83,10 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             settings_from(
                 settings, preset=preset, where="DynLoraCallback"
             )  # fail here, not in train()
+        if not is_integer(eval_batches) or eval_batches < 1:
+            raise ValueError(f"eval_batches={eval_batches!r} must be an integer of at least 1.")
+        self.evaluate = evaluate
+        self.eval_batches = eval_batches
         self.adapter = adapter
         self.rank_image = rank_image
         self.score = score
@@ -103,8 +116,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         progress = self.allocator.state_dict() if self.allocator else None
         if progress is not None:
             progress["history"] = [{k: e[k] for k in _KEPT} for e in progress["history"]]
-        arguments = {"adapter": self.adapter, "freeze_on_stop": self.freeze_on_stop}
-        arguments |= {"preset": self.preset, **self.settings}
+        arguments: dict[str, Any] = {"adapter": self.adapter, "freeze_on_stop": self.freeze_on_stop}
+        arguments |= {"eval_batches": self.eval_batches, "preset": self.preset, **self.settings}
         return {"args": arguments, "attributes": {"progress": progress}}
 
     def on_init_end(
@@ -150,6 +163,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             total_steps=state.max_steps,
             adapter=self.adapter,
             score=self.score,
+            evaluate=known_evaluate(self.evaluate, self.settings, self.eval_batches),
             preset=self.preset,
             start=self._start if self._start and self._start.is_of(model) else None,
             **self.settings,
@@ -233,8 +247,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         if self.freeze_on_stop and not allocator.is_frozen and not self._is_complete:
             allocator.freeze_()
         is_sharded = any(module.is_sharded for module in allocator.modules)
+        cost = allocator.cost
         self.ranks = allocator.finalize_()
-        self._write_end(allocator)
+        self._write_end(allocator, cost)
         if is_sharded:
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO), so pruned components stay in it as zeros. Call "
@@ -285,14 +300,14 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self._write("prune", **entry)
         self._written = len(history)
 
-    def _write_end(self, allocator: RankAllocator) -> None:
+    def _write_end(self, allocator: RankAllocator, cost: int) -> None:
         self._write_prune_events()
         self._write(
             "end",
             step=allocator.step,
             ranks=self.ranks,
             live=sum(self.ranks.values()),
-            cost=allocator.cost,
+            cost=cost,
             is_frozen=allocator.is_frozen,
             memory_bytes=memory_bytes(),
         )

@@ -11,6 +11,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from dynlora.cli.look_options import register
+from dynlora.cli.shrink import shrink
 from dynlora.cli.terminal import quiet_imports
 from dynlora.cli.verbs import Verbs
 
@@ -34,10 +35,10 @@ def root(
         bool, typer.Option("--version", metavar="", help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train LoRA with a rank budget instead of a rank (DoRA, ACL 2024).
+    """Make LoRA adapters as small as they can be (DoRA, ACL 2024).
 
-    In a script: DynLoraConfig instead of LoraConfig, and DynLoraCallback()
-    among the Trainer's callbacks. Here: what comes out of any run. With
+    In a script: DynLoraCallback(target_r=8) among the Trainer's callbacks.
+    Here: look at what comes out, make it smaller, export it. With
     dynlora-lab installed, also runs from a recipe: dynlora demo --quick.
     """
     if version:
@@ -48,3 +49,4 @@ def root(
 
 
 register(app)
+app.command()(shrink)

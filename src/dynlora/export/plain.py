@@ -132,7 +132,7 @@ def _nonzero(module: LoraComponents) -> Tensor:
 
 def _keys(module: LoraComponents) -> dict[str, Factor]:
     """The module's factors by their key in an adapter file."""
-    names = (module.name, module.name + OUT_PROJECTION)
+    names = (module.path, module.path + OUT_PROJECTION)
     keys = {}
     for name, (a, b) in zip(names, module.pairs, strict=False):
         for factor in (a, b):

@@ -1,5 +1,6 @@
 """DynLoraModel: PEFT's LoraModel with gates, registered as the PEFT method DYNLORA."""
 
+import re
 from typing import Any, NoReturn
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -18,9 +19,6 @@ from dynlora.gated.config import DYNLORA, DynLoraConfig
 from dynlora.gated.guard import expect_allocator
 from dynlora.gated.layer import attach_gate_, resize_
 from dynlora.lora.components import find_components, unwrapped
-from dynlora.lora.follow import name_adapter_
-
-PEFT_PREFIX = "base_model.model."
 
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
@@ -55,11 +53,15 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         check_others(unwrapped(model), config, stored)
         modules = find_components(model, adapter_name)
         check_same_modules([m.name for m in modules], stored)
+        for (
+            module
+        ) in modules:  # PEFT finds the keys of a file through the layers that the model has
+            shapes = stored.shapes.get(module.name)
+            if module.is_dropped and shapes is not None:
+                resize_(module.layer, adapter_name, shapes[0][0])
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        for module in (m for m in modules if m.is_dropped):
-            name_adapter_(remapped, f"{PEFT_PREFIX}{module.name}.", adapter_name)
         return remapped
 
     def _create_and_replace(
@@ -125,7 +127,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
 def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
     """PEFT's LoRA turns such names into ``target_parameters``; for other methods it leaves them out."""
     named = config.target_modules
-    if not named or isinstance(named, str):
+    if not named:
         return
     modules = dict(model.named_modules())
     fused = [
@@ -135,13 +137,29 @@ def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3
     ]
-    missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
-    if fused and missing:
+    if not fused:
+        return
+    if isinstance(named, str):
+        missing = [named] if named == "all-linear" or _names_experts(named, fused) else []
+    else:
+        missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
+    if missing:
         raise ValueError(
             f"target_modules={missing} match no module of {type(model).__name__}, whose experts are "
-            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Leave "
-            "these names out; attention and shared experts can be adapted."
+            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Train "
+            "a LoraConfig with DynLoraCallback(target_r=...), which adapts experts too, or list the names "
+            "of other modules, such as those of attention."
         )
+
+
+def _names_experts(pattern: str, fused: list[str]) -> bool:
+    """Whether a regular expression means experts, by their present names or by those before fusing."""
+    modules = {name.rpartition(".")[0] for name in fused}
+    parts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+    former = [
+        f"{module}.{place}{part}" for module in modules for part in parts for place in ("", "0.")
+    ]
+    return any(re.fullmatch(pattern, name) for name in [*fused, *former])
 
 
 def register() -> None:

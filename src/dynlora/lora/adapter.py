@@ -36,8 +36,6 @@ class LoraAdapter:
     def __init__(self, model: nn.Module, start: AdapterStart) -> None:
         self.model = model
         self.start = start
-        for module in start.modules:  # PEFT saves their trained biases only where there is a LoRA
-            module.must_stay = start.config.bias != "none"
         self._follower: CheckpointFollower | None = None
 
     def settings(self, given: dict[str, Any], preset: str | None) -> Settings:

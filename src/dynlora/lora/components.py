@@ -105,12 +105,13 @@ class LoraComponents:
     """The components of one adapted module, with their scores.
 
     Args:
-        name: of the module in the base model.
+        path: of the module in the base model, wrappers left out.
         layer: PEFT's LoRA layer there.
         adapter: name of the adapter.
 
     Attributes:
-        name, layer, adapter: as given.
+        path, layer, adapter: as given.
+        name: the path, or that of the parameter for fused experts, as PEFT's patterns see it.
         ema: smoothed importance, (rank,), fp32.
         live: False where a component is pruned, (rank,), bool.
         must_stay: whether something else of the adapter is saved only while the module has components.
@@ -118,8 +119,9 @@ class LoraComponents:
 
     must_stay = False
 
-    def __init__(self, name: str, layer: Any, adapter: str) -> None:
-        self.name = name
+    def __init__(self, path: str, layer: Any, adapter: str) -> None:
+        self.path = path
+        self.name = _pattern_name(path, layer)
         self.layer = layer
         self.adapter = adapter
         self.forget_scores()
@@ -149,14 +151,17 @@ class LoraComponents:
 
     @property
     def probes(self) -> list[Factor]:
-        """The tensors whose product with their gradient is the sensitivity: B of each pair."""
-        return [b for _, b in self.pairs]
+        """The tensors whose product with their gradient is the sensitivity: B of each pair.
+
+        A's product is the same number, and is taken where only A is trained, as MiCA does.
+        """
+        return [_trained(a, b) for a, b in self.pairs]
 
     @property
     def switches(self) -> list[Factor]:
         """The tensors that are 0 where a component is pruned: those that LoRA starts at 0."""
         is_embedding = isinstance(self.layer, lora.Embedding)
-        return [a if is_embedding else b for a, b in self.pairs]
+        return [a if is_embedding else _trained(a, b) for a, b in self.pairs]
 
     @property
     def gate(self) -> Tensor | None:
@@ -296,6 +301,10 @@ def note_layer_rank_(layer: Any, adapter: str, rank: int) -> None:
                 setattr(part, size, stored)
 
 
+def _trained(a: Factor, b: Factor) -> Factor:
+    return a if a.parameter.requires_grad and not b.parameter.requires_grad else b
+
+
 def _pair(layer: Any, adapter: str) -> tuple[Factor, Factor]:
     if isinstance(layer, lora.Embedding):
         return (
@@ -318,8 +327,10 @@ def find_components(model: nn.Module, adapter: str) -> list[LoraComponents]:
         ValueError: the model is inside FSDP1.
     """
     refuse_fsdp1(model)
-    found = []
+    found: list[LoraComponents] = []
     halves: set[int] = set()
+    config = configs_of(model).get(adapter)
+    has_biases = getattr(config, "bias", "none") != "none"  # saved only where there is a LoRA
     for name, module in unwrapped(model).named_modules():
         if not isinstance(module, lora.LoraLayer) or id(module) in halves:
             continue
@@ -329,7 +340,18 @@ def find_components(model: nn.Module, adapter: str) -> list[LoraComponents]:
             halves.add(id(module.base_layer.out_proj))
         if kind.is_here(module, adapter):
             found.append(kind(without_wrappers(name), module, adapter))
+            found[-1].must_stay = has_biases
     return found
+
+
+def _pattern_name(path: str, layer: Any) -> str:
+    if not isinstance(layer, lora.ParamWrapper):
+        return path
+    while path.endswith(
+        ".base_layer"
+    ):  # the parameters of one module are wrapped around each other
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layer.parameter_name}"
 
 
 def without_wrappers(name: str) -> str:

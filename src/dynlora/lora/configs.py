@@ -36,16 +36,6 @@ def module_key(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def pattern_name(module: LoraComponents) -> str:
-    """What PEFT compares pattern keys with: the module's name, or its parameter's for fused experts."""
-    if not isinstance(module.layer, lora.ParamWrapper):
-        return module.name
-    name = module.name
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return f"{name}.{module.layer.parameter_name}"
-
-
 def ragged_config(
     model: nn.Module,
     config: LoraConfig,
@@ -72,7 +62,7 @@ def ragged_config(
     ragged = copy.copy(config)
     ragged.rank_pattern, ragged.alpha_pattern = {}, {}
     for module in present:
-        key, rank = module_key(pattern_name(module)), ranks[module.name]
+        key, rank = module_key(module.name), ranks[module.name]
         alpha = (module.scaling or 1.0) * (rank**0.5 if config.use_rslora else rank)
         if rank != config.r:
             ragged.rank_pattern[key] = rank

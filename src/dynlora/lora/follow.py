@@ -5,7 +5,7 @@ A run that goes on builds its model by the user's unchanged script, at the first
 """
 
 import copy
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,6 @@ from dynlora.lora.configs import ragged_config, swap_config_
 
 _DO_NOTHING = "".format
 """A built-in that takes any arguments."""
-
-_WITHOUT_ADAPTER = re.compile(
-    r"((?:base_layer\.out_proj\.)?lora_[AB])(\.\w+)|(lora_embedding_[AB]|lora_c)"
-)
-"""A key of an adapter's file below its layer: a container, with the attribute of its entry or not."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +83,13 @@ class CheckpointFollower:
         if self.model is None:
             return
         modules = self.start.modules
-        names = {id(m): name for name, m in base.named_modules()}
-        places = {m.name: prefix + names[id(m.layer)] + "." for m in modules}
-        for module in (m for m in modules if m.is_dropped):
-            name_adapter_(state, places[module.name], module.adapter)
-        ranks = {m.name: _stored_rank(m, state, places[m.name]) for m in modules}
+        names = {id(m): f"{prefix}{name}." for name, m in base.named_modules()}
+        ranks = {m.name: _stored_rank(m, state, names[id(m.layer)]) for m in modules}
         if not any(ranks.values()):
             return  # another part of the model is loaded
+        for module in modules:
+            if module.is_dropped and _name_adapter_(module, state, names[id(module.layer)]):
+                ranks[module.name] = _stored_rank(module, state, names[id(module.layer)])
         for module in modules:
             self._follow(module, ranks[module.name])
         ragged = ragged_config(self.model, self.start.config, modules)
@@ -123,23 +118,7 @@ class CheckpointFollower:
             module.resize_(rank)
 
 
-def name_adapter_(state: dict[str, Any], prefix: str, adapter: str) -> None:
-    """Put the adapter's name into the keys of a dropped module.
-
-    PEFT does so when it loads an adapter's file, but only for tensors that the model has.
-
-    Args:
-        state: what is about to be loaded.
-        prefix: of the module's keys, with its last dot.
-        adapter: name of the adapter.
-    """
-    for key in [k for k in state if k.startswith(prefix)]:
-        if found := _WITHOUT_ADAPTER.fullmatch(key, len(prefix)):
-            container, attribute, bare = found.groups(default="")
-            state[f"{prefix}{container or bare}.{adapter}{attribute}"] = state.pop(key)
-
-
-def _stored_rank(module: LoraComponents, state: dict[str, Any], prefix: str) -> int:
+def _stored_rank(module: LoraComponents, state: Mapping[str, Any], prefix: str) -> int:
     """The module's rank in a state dict, 0 where it holds no tensor of the adapter."""
     for key, dim in (
         (f"{prefix}lora_B.{module.adapter}.weight", 1),
@@ -148,6 +127,23 @@ def _stored_rank(module: LoraComponents, state: dict[str, Any], prefix: str) -> 
         if key in state:
             return int(state[key].shape[dim]) // int(getattr(module.layer, "num_experts", 1))
     return 0
+
+
+def _name_adapter_(module: LoraComponents, state: dict[str, Any], prefix: str) -> bool:
+    """Put the adapter's name into the keys of a dropped module, in place; False where it has none.
+
+    PEFT finds the names for a file's keys through the layers that the model has, and this one is gone.
+    """
+    inner = f"{prefix}base_layer.out_proj."  # of MultiheadAttention
+    renamed = {}
+    for key in state:
+        start = inner if key.startswith(inner) else prefix
+        container, _, attribute = key.removeprefix(start).partition(".")
+        if key.startswith(start) and container.startswith("lora_") and attribute in {"", "weight"}:
+            renamed[key] = ".".join(filter(None, (start + container, module.adapter, attribute)))
+    for key, named in renamed.items():
+        state[named] = state.pop(key)
+    return bool(renamed)
 
 
 @torch.no_grad()

@@ -1,13 +1,19 @@
-"""Rotate a module's components into its singular triplets; the function stays the same.
+"""Rotate a module's components into an orthogonal basis; the function stays the same.
 
-In the basis that training leaves, two components can share one direction, and both look needed. In the
-singular basis of BA each stands for a direction of its own.
+In the basis that training leaves, two components can share one direction, and both look needed. With an
+orthogonal T, A' = T A and B' = B Tᵀ have the same product, gradients turn with them, and so do the steps
+of SGD. T is chosen so that the columns of B' are orthogonal: then so are the components bᵢaᵢᵀ, and what
+one of them does no other does.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from dynlora.lora.components import LoraComponents, find_adapter, find_components
+from dynlora.lora.components import Factor, LoraComponents, find_adapter, find_components
+
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+"""State of torch's optimizers that averages squares of gradients; turned by the squares of T."""
 
 
 @torch.no_grad()
@@ -37,43 +43,58 @@ def warm_start_(model: nn.Module, adapter: str | None = None) -> None:
             rotate_(module)
 
 
-def rotate_(module: LoraComponents) -> None:
-    """Replace the factors of each of the module's pairs by their singular triplets, in place."""
-    for a, b in module.pairs:
-        vectors_a = a.vectors(a.parameter.detach())
-        vectors_b = b.vectors(b.parameter.detach())
-        turned = [principal_components(x, y.T) for x, y in zip(vectors_a, vectors_b, strict=True)]
-        vectors_a.copy_(torch.stack([x for x, _ in turned]))  # views of the parameters
-        vectors_b.copy_(torch.stack([y.T for _, y in turned]))
+@torch.no_grad()
+def rotate_(module: LoraComponents, optimizer: Optimizer | None = None) -> None:
+    """Make the components of each of the module's pairs orthogonal, largest first, in place.
 
-
-def principal_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product B A whose components are its singular triplets, largest first.
-
-    B A = U S Vᵀ from the QR decompositions of B and Aᵀ and an SVD of their r x r core, in float64;
-    B' = U √S, A' = √S Vᵀ. Components beyond the rank of the product are 0.
+    Scores of the module mean nothing afterwards and are set to 0.
 
     Args:
-        a: (rank, in, ...).
-        b: (out, rank, ...).
-
-    Returns:
-        A' and B', the shapes and dtypes of ``a`` and ``b``.
-
-    >>> a, b = principal_components(torch.eye(2), torch.diag(torch.tensor([1.0, 4.0])))
-    >>> (b @ a).round(decimals=3)
-    tensor([[1., 0.],
-            [0., 4.]])
-    >>> (a.norm(dim=1) * b.norm(dim=0)).round(decimals=3)
-    tensor([4., 1.])
+        module: a stock LoRA, not sharded.
+        optimizer: its state turns along: first moments exactly, averages of squares by the squares of T
+            (exact where gradients of components do not correlate). State of any other kind is deleted,
+            so that the optimizer begins it anew.
     """
-    rank = a.shape[0]
-    q_b, r_b = torch.linalg.qr(b.flatten(1).double())
-    q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    new_a = (vh * s.sqrt().unsqueeze(1)) @ q_a.T
-    new_b = q_b @ (u * s.sqrt())
-    gap = rank - s.numel()
-    new_a = torch.cat([new_a, new_a.new_zeros(gap, new_a.shape[1])])
-    new_b = torch.cat([new_b, new_b.new_zeros(new_b.shape[0], gap)], dim=1)
-    return new_a.reshape(a.shape).to(a.dtype), new_b.reshape(b.shape).to(b.dtype)
+    for (a, b), switch in zip(module.pairs, module.switches, strict=True):
+        turns = torch.stack([basis(v) for v in switch.vectors(switch.parameter.detach())])
+        for factor in (a, b):
+            _turn_(factor, turns, optimizer)
+    module.ema.zero_()
+
+
+def basis(vectors: Tensor) -> Tensor:
+    """An orthogonal T (rank, rank) for which the rows of T · vectors are orthogonal, largest first.
+
+    Args:
+        vectors: one row a component, (rank, length).
+
+    >>> t = basis(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    >>> (t @ torch.tensor([[1.0, 0.0], [1.0, 0.0]])).abs().round(decimals=4)
+    tensor([[1.4142, 0.0000],
+            [0.0000, 0.0000]])
+    """
+    exact = vectors.double()
+    _, columns = torch.linalg.eigh(exact @ exact.T)
+    return columns.T.flip(0)
+
+
+def _turn_(factor: Factor, turns: Tensor, optimizer: Optimizer | None) -> None:
+    """Turn a factor, its gradient and its optimizer state by T of each copy, (copies, rank, rank)."""
+    parameter = factor.parameter
+    _apply_(factor, parameter.data, turns)
+    if parameter.grad is not None:
+        _apply_(factor, parameter.grad, turns)
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        if value.shape != parameter.shape or not value.is_floating_point():
+            del optimizer.state[parameter]  # type: ignore[union-attr]  # there is a state
+            return
+        _apply_(factor, value, turns.square() if key in _SQUARES else turns)
+
+
+def _apply_(factor: Factor, tensor: Tensor, turns: Tensor) -> None:
+    vectors = factor.vectors(tensor)  # a view
+    turned = turns.to(vectors.device) @ vectors.double()
+    vectors.copy_(turned)

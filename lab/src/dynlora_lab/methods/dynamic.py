@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import get_peft_model
-
-from dynlora import allocation
 from dynlora.adapter.components import GatedLayer, find_gated_layers
 from dynlora.adapter.config import DynLoraConfig
 from dynlora.scoring import Score
 from dynlora.trainer import DynLoraCallback
+from peft import get_peft_model
+
+from dynlora import allocation
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.lora import shared_fields, whole_rank
 from dynlora_lab.methods.options import AdapterOptions

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-
 from dynlora.adapter.components import find_gated_layers
 from dynlora.adapter.fold import finalize_
 from dynlora.adapter.patterns import module_key
 from dynlora.adapter.warm_start import warm_start_
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
 from dynlora.allocation import select_components, target_components
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.options import AdapterOptions

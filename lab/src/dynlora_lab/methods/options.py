@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from dynlora.adapter.config import Budget, Importance, Init
+
 from dynlora.allocation import Schedule
 
 

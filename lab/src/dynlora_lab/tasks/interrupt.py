@@ -6,9 +6,8 @@ import time
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from dynlora.distributed import any_process, world_size
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SAME_PRESS_S = 1.0  # launchers pass on a Ctrl-C that the terminal has sent to all processes already
 AGREE_EVERY = 10  # optimizer steps; agreeing waits for all processes

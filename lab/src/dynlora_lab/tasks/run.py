@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dynlora.adapter.components import configs_of
+from dynlora.adapter.config import DynLoraConfig
 from peft import prepare_model_for_kbit_training
 from transformers import Trainer, set_seed
 
-from dynlora.adapter.components import configs_of
-from dynlora.adapter.config import DynLoraConfig
 from dynlora.export.plain import export_lora
 from dynlora_lab.methods import METHODS, Adapted, Target
 from dynlora_lab.methods.adapted import is_in_head

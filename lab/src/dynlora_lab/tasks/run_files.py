@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora.trainer import last_checkpoint
+
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 RUN_FILE = "run.json"

@@ -1,0 +1,177 @@
+"""``dynlora shrink``: its options, and what it prints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dynlora.cli.look import guarded
+from dynlora.cli.terminal import FAILED, report_error
+
+if TYPE_CHECKING:
+    from dynlora.shrink import ShrinkReport
+
+
+def shrink(  # long: an option is four lines, and nothing else is here
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished LoRA.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="New folder.", show_default="nothing is written"),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="X", help="Share of the spectral energy to keep: 0.95.")
+    ] = None,
+    per_module: Annotated[
+        bool, typer.Option("--per-module", metavar="", help="That share in each module by itself.")
+    ] = False,
+    method: Annotated[
+        Literal["sv_ratio", "sv_fro", "sv_cumulative"] | None,
+        typer.Option(metavar="RULE", help="kohya's sv_ratio, sv_fro or sv_cumulative."),
+    ] = None,
+    value: Annotated[float | None, typer.Option(metavar="X", help="Of --method.")] = None,
+    mean_rank: Annotated[
+        float | None, typer.Option(metavar="R", help="As many parameters as rank R everywhere.")
+    ] = None,
+    size_mb: Annotated[
+        float | None, typer.Option(metavar="X", help="A file of at most X million bytes.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Base model: folder or hub id.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Held-out texts, .csv or .jsonl: text, label."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Rise of the loss that is accepted.", show_default="0.01"),
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", metavar="", help="One rank everywhere, padded with zeros.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in a batch.")] = 8,
+    max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a text.")] = 512,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Make a finished LoRA smaller without training.
+
+    With FOLDER alone: prints size against energy, and writes nothing. One
+    rule decides what stays: --energy, --method, --mean-rank, --size-mb, or
+    --model with --data, which finds the smallest size whose held-out loss
+    rises by --tolerance at most. Prints a LoraConfig that trains what came out.
+
+    For instance: dynlora shrink out --energy 0.95 --out out-small
+    dynlora shrink out --model BASE --data val.csv --out out-small
+
+    Exit code: 0 done, 1 verification failed, 2 wrong usage.
+    """
+    options = {
+        "energy": energy, "per_module": per_module, "method": method, "value": value,
+        "mean_rank": mean_rank, "size_mb": size_mb, "model": model, "data": data,
+        "tolerance": tolerance, "uniform": uniform, "batch_size": batch_size,
+        "max_length": max_length,
+    }  # fmt: skip
+    raise typer.Exit(guarded(lambda: _run(folder, out, options=options, debug=debug), debug=debug))
+
+
+def _run(folder: Path, out: Path | None, *, options: dict[str, Any], debug: bool) -> int:
+    from dynlora.cli.terminal import quiet_libraries
+    from dynlora.shrink import shrink_adapter
+
+    try:
+        with quiet_libraries():
+            done = shrink_adapter(folder, out, **options)
+    except RuntimeError as error:
+        return report_error(error, code=FAILED, debug=debug)
+    console = Console()
+    if done.after is None:
+        console.print(_tables(done))
+        return 0
+    if done.points:
+        console.print(_loss_table(done))
+    console.print(Text(done.conclusion))
+    console.print(Text(_details(done, uniform=options["uniform"])))
+    if done.config is not None:
+        typer.echo(f"\n{done.config_source}")
+    return 0
+
+
+def _tables(done: "ShrinkReport") -> RenderableType:
+    """Size against energy, and the spectra by kind of module."""
+    before = done.before
+    sizes = Table("energy", "MB", "of the file", "mean rank", "largest", "at rank 0", box=None)
+    for share, size in done.energies:
+        sizes.add_row(
+            f"{share:.1%}", f"{size.num_bytes / 1e6:.3g}",
+            f"{size.num_bytes / before.num_bytes:.0%}", f"{size.mean_rank:.2f}",
+            str(size.max_rank), str(size.dead),
+        )  # fmt: skip
+    equal = Table("rank everywhere", "MB", "of the file", "energy", box=None)
+    for rank, size in done.equal_ranks.items():
+        equal.add_row(
+            str(rank), f"{size.num_bytes / 1e6:.3g}",
+            f"{size.num_bytes / before.num_bytes:.0%}", f"{size.energy:.1%}",
+        )  # fmt: skip
+    spectra = Table(box=None)
+    spectra.add_column("modules", overflow="fold")
+    for name in ("number", "rank", "energy", "for 95 %", "spectral norm"):
+        spectra.add_column(name, no_wrap=True)
+    for kind in done.kinds:
+        low, high = kind.largest
+        spectra.add_row(
+            kind.name, str(kind.modules), _range(*kind.ranks), f"{kind.energy:.1%}",
+            _range(*kind.needed), f"{low:.3g} to {high:.3g}",
+        )  # fmt: skip
+    head = Text(
+        f"{done.folder}: {before.num_bytes:,} bytes, {before.parameters:,} parameters, mean rank "
+        f"{before.mean_rank:.3g}; decomposed in {done.seconds[0]:.1f} s\n"
+    )
+    last = Text("\nNothing was written: name a rule and --out, as --energy 0.95 --out DIR.")
+    return Group(head, sizes, Text(), equal, Text(), spectra, last)
+
+
+def _loss_table(done: "ShrinkReport") -> RenderableType:
+    """Loss against size, for both orders, smallest within the tolerance marked."""
+    table = Table("order", "components", "MB", "of the file", "loss", "change", "", box=None)
+    before = done.before
+    whole = before.loss or 0.0
+    table.add_row("whole", "", f"{before.num_bytes / 1e6:.3g}", "100%", f"{whole:.4f}", "", "")
+    smallest = {}
+    for point in done.points:
+        if point.is_within:
+            smallest[point.order] = point
+    for point in done.points:
+        change = f"{point.loss / whole - 1:+.2%}" if whole else ""
+        mark = "smallest" if smallest.get(point.order) is point else ""
+        table.add_row(
+            point.order, str(point.components), f"{point.num_bytes / 1e6:.3g}",
+            f"{point.num_bytes / before.num_bytes:.0%}", f"{point.loss:.4f}", change,
+            mark or ("within" if point.is_within else ""),
+        )  # fmt: skip
+    return Group(table, Text())
+
+
+def _details(done: "ShrinkReport", *, uniform: bool) -> str:
+    after = done.after
+    assert after is not None  # noqa: S101  # the caller has looked; for the type checker
+    form = f"padded to rank {after.max_rank}" if uniform else f"ranks up to {after.max_rank}"
+    dead = f", {after.dead} modules left out" if after.dead else ""
+    text = (
+        f"{form}{dead}, {after.num_bytes:,} bytes, {after.energy:.2%} of the energy, "
+        f"{done.seconds[1]:.1f} s"
+    )
+    if done.out is None:
+        return f"{text}\nNothing was written: name --out DIR to write it."
+    checks = f"every update read back is within {done.tensor_difference:.1g}"
+    if done.output_difference is not None:
+        checks += f", outputs in PEFT within {done.output_difference:.1g}"
+    return f"Wrote {done.out}: {text}\nVerified: {checks}"
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,321 @@
+"""``dynlora shrink`` with held-out texts, and what the command prints."""
+
+import json
+import shlex
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    set_seed,
+)
+from typer.testing import CliRunner
+
+from doc_fences import fences
+from dynlora.cli.main import app
+from dynlora.shrink import held_out, shrink_adapter
+from test_shrink import ALL, net, trained
+from tiny_classifier import SPECIAL, WORDS, save_encoder, save_texts, tiny_tokenizer
+from tiny_models import tiny_llama, tiny_t5
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
+    "ignore:Setting `save_embedding_layers`:UserWarning",
+)
+
+
+def fit(model, texts, labels=None, *, steps=60):
+    """A few steps of Adam on all texts."""
+    words = tiny_tokenizer()(texts, padding=True, return_tensors="pt")
+    ids, mask = words["input_ids"], words["attention_mask"]
+    targets = ids.masked_fill(mask == 0, -100) if labels is None else torch.tensor(labels)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(steps):
+        loss = model(input_ids=ids, attention_mask=mask, labels=targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+TEXTS = [f"a {x} film {x} a {y} {y} {x}" for x in WORDS[:4] for y in WORDS[:4]]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A base Llama, a LoRA trained on sentences with a pattern, and other such sentences."""
+    root = tmp_path_factory.mktemp("language")
+    set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=len(SPECIAL + WORDS), num_attention_heads=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    tiny_tokenizer().save_pretrained(root / "base")
+    model = AutoModelForCausalLM.from_pretrained(root / "base")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    fit(model, TEXTS[::2])
+    model.save_pretrained(root / "lora")
+    rows = "\n".join(json.dumps({"text": text}) for text in TEXTS[1::2])
+    (root / "val.jsonl").write_text(rows + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    root = tmp_path_factory.mktemp("classifier")
+    save_encoder(root / "base")
+    save_texts(root / "val.csv")
+    lines = (root / "val.csv").read_text().splitlines()[1:]
+    rows = [(text, int(label == "pos")) for text, label in (line.split(",") for line in lines)]
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=2)
+    lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(model, lora)
+    fit(model, *map(list, zip(*rows, strict=True)))
+    model.save_pretrained(root / "lora")
+    numbered = "\n".join(f"{text},{label}" for text, label in rows)
+    (root / "numbered.csv").write_text(f"text,label\n{numbered}\n")
+    return root
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80"})
+
+
+def test_the_loss_stays_within_the_tolerance_and_is_that_of_the_written_adapter(language, tmp_path):
+    done = shrink_adapter(
+        language / "lora", tmp_path / "out",
+        model=str(language / "base"), data=language / "val.jsonl", tolerance=0.05,
+    )  # fmt: skip
+    assert done.after.loss <= 1.05 * done.before.loss
+    assert done.after.num_bytes < 0.8 * done.before.num_bytes
+    assert done.output_difference < 1e-4
+    base = AutoModelForCausalLM.from_pretrained(language / "base")
+    model = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    assert loss_of(model) == pytest.approx(done.after.loss, rel=1e-4)
+    whole = AutoModelForCausalLM.from_pretrained(language / "base")
+    model = PeftModel.from_pretrained(whole, str(language / "lora")).eval()
+    assert loss_of(model) == pytest.approx(done.before.loss, rel=1e-4)
+
+
+@torch.no_grad()
+def loss_of(model):
+    words = tiny_tokenizer()(TEXTS[1::2], padding=True, return_tensors="pt")
+    labels = words["input_ids"].masked_fill(words["attention_mask"] == 0, -100)
+    mask = words["attention_mask"]
+    return float(model(input_ids=words["input_ids"], attention_mask=mask, labels=labels).loss)
+
+
+def test_both_orders_are_measured_about_eight_times_and_the_smaller_is_taken(language):
+    done = shrink_adapter(
+        language / "lora", model=str(language / "base"), data=language / "val.jsonl", tolerance=0.1
+    )
+    by_order = {"singular values": [], "sensitivity": []}
+    for point in done.points:
+        by_order[point.order].append(point)
+    for points in by_order.values():
+        assert 5 <= len(points) <= held_out_limit()
+        assert any(p.is_within for p in points)
+    best = min(p.num_bytes for p in done.points if p.is_within)
+    assert done.after.num_bytes == best
+
+
+def held_out_limit():
+    from dynlora.shrink.search import EVALUATIONS
+
+    return EVALUATIONS
+
+
+def test_sensitivity_is_what_a_finite_difference_of_sigma_says(language):
+    from dynlora.shrink.layout import Layout
+    from dynlora.shrink.rows import read_rows
+    from dynlora.shrink.source import read
+    from dynlora.shrink.spectrum import decompose
+
+    adapter = read(language / "lora")
+    layout = Layout(adapter, [decompose(u) for u in adapter.updates])
+    rows = read_rows(language / "val.jsonl")
+    held = held_out.HeldOut(
+        layout, str(language / "base"), rows, batch_size=len(rows.texts), max_length=32
+    )
+    found = held.sensitivity()
+    whole = [torch.ones(8, dtype=torch.bool)] * len(layout.spectra)
+    tokens = sum(count for _, count in held._batches)
+    for place in (0, 5):
+        step = 1e-2
+        columns = held._columns[place].clone()
+        losses = []
+        for sign in (1, -1):
+            held._columns[place][:, 0] = columns[:, 0] * (1 + sign * step)
+            losses.append(held.loss(whole))
+        held._columns[place].copy_(columns)
+        slope = abs(losses[0] - losses[1]) / (2 * step)
+        assert float(found[place][0]) / tokens == pytest.approx(slope, rel=0.02, abs=1e-5)
+
+
+def test_fused_experts_of_a_real_model_are_measured_and_load_in_peft(language, tmp_path):
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MixtralConfig(
+        vocab_size=len(SPECIAL + WORDS), num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, num_experts_per_tok=2, **sizes,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = trained(
+        base, tmp_path / "lora",
+        target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    done = shrink_adapter(
+        tmp_path / "lora", tmp_path / "out",
+        model=str(tmp_path / "base"), data=language / "val.jsonl", tolerance=0.05,
+    )  # fmt: skip
+    assert sum("experts" in name for name in done.ranks) == 4
+    assert done.before.loss == pytest.approx(loss_of(model), rel=1e-4)
+    assert done.output_difference < 1e-4
+    assert done.after.num_bytes < done.before.num_bytes
+
+
+def test_a_classifier_is_measured_with_its_head_and_labels(classifier, tmp_path):
+    done = shrink_adapter(
+        classifier / "lora", tmp_path / "out",
+        model=str(classifier / "base"), data=classifier / "numbered.csv", tolerance=0.1,
+    )  # fmt: skip
+    assert done.before.loss < 0.5
+    assert done.after.loss <= 1.1 * done.before.loss
+    assert done.output_difference < 1e-4
+
+
+def test_a_rule_of_energy_reports_losses_too(language):
+    done = shrink_adapter(
+        language / "lora", energy=0.9, model=str(language / "base"), data=language / "val.jsonl"
+    )
+    assert done.points == ()
+    assert done.after.loss > 0
+    assert done.same_rank_size.num_bytes >= done.after.num_bytes
+    assert f"loss {done.before.loss:.3f} -> {done.after.loss:.3f}" in done.conclusion
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("val.txt", "text\na\n", r"must end with .csv or .jsonl"),
+        ("val.csv", "text,label\n", r"holds no rows"),
+        ("val.csv", "sentence\na film\n", r"no text in row 1; its columns are \['sentence'\]"),
+        ("val.jsonl", "{\n", r"is no jsonl"),
+        ("val.jsonl", "[1]\n", r"line 1 is no object"),
+        ("val.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"no label in row 2"),
+        ("val.csv", "text\na film\n", r"needs a column 'label'"),
+        ("val.csv", "text,label\na film,pos\n", r"label 'pos' in data is no class"),
+        ("val.csv", "text,label\na film,2\n", r"label '2' in data is no class"),
+    ],
+)
+def test_wrong_data_is_named_with_its_rule(classifier, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        shrink_adapter(classifier / "lora", model=str(classifier / "base"), data=tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        shrink_adapter(classifier / "lora", model="base", data=tmp_path / "none.csv")
+
+
+def test_another_base_or_another_task_is_refused(language, classifier, tmp_path):
+    trained(tiny_llama, tmp_path / "in", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="was trained on another base"):
+        shrink_adapter(tmp_path / "in", model=str(language / "base"), energy=0.9)
+    trained(tiny_t5, tmp_path / "t5", target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ValueError, match="task_type 'SEQ_2_SEQ_LM' of the adapter has no loss"):
+        shrink_adapter(tmp_path / "t5", model=str(language / "base"), energy=0.9)
+
+
+def test_outputs_that_differ_in_peft_are_refused_and_leave_nothing(language, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "VERIFY_TOLERANCE", -1.0)
+    monkeypatch.setattr(torch, "finfo", lambda _: type("Info", (), {"eps": 0.0}))
+    with pytest.raises(RuntimeError, match="loaded with PEFT, outputs differ"):
+        shrink_adapter(
+            language / "lora", tmp_path / "out", model=str(language / "base"), energy=0.9
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_help_fits_80_columns_and_names_exit_codes():
+    ran = invoke("shrink", "--help")
+    assert ran.exit_code == 0
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    assert "dynlora shrink out --energy 0.95 --out out-small" in ran.stdout
+    assert "Exit code: 0" in ran.stdout
+
+
+def test_the_command_prints_tables_in_80_columns_and_writes_nothing(language, tmp_path):
+    ran = invoke("shrink", language / "lora")
+    assert ran.exit_code == 0, ran.stderr
+    tables = [line for line in ran.stdout.splitlines() if str(language) not in line]
+    assert max(map(len, tables)) <= 80
+    assert "model.layers.*.self_attn.q_proj" in ran.stdout.replace("\n", "")
+    assert "Nothing was written" in ran.stdout
+
+
+def test_the_command_writes_says_so_and_prints_a_config_that_can_be_pasted(tmp_path):
+    trained(net, tmp_path / "in", **ALL)
+    ran = invoke("shrink", tmp_path / "in", "--energy", "0.95", "--out", tmp_path / "out")
+    assert ran.exit_code == 0, ran.stderr
+    assert " MB -> " in ran.stdout
+    assert "everywhere would have been" in " ".join(ran.stdout.split())
+    assert "Verified: every update read back is within" in ran.stdout
+    source = ran.stdout[ran.stdout.index("LoraConfig(") :]
+    made = eval(source, {"LoraConfig": LoraConfig})  # noqa: S307  # the claim itself
+    assert made.rank_pattern
+    assert max(map(len, source.splitlines())) <= 80
+
+
+def test_the_command_prints_loss_against_size_in_80_columns(language, tmp_path):
+    ran = invoke(
+        "shrink", language / "lora", "--model", language / "base", "--data",
+        language / "val.jsonl", "--out", tmp_path / "out", "--tolerance", "0.02",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.stderr
+    table = ran.stdout[: ran.stdout.index("LoraConfig(")].splitlines()
+    assert max(map(len, table)) <= 80
+    assert ran.stdout.count("smallest") == 2
+    assert "loss" in ran.stdout
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_commands_of_the_page_run_as_printed(classifier, tmp_path, monkeypatch):
+    shutil.copytree(classifier / "base", tmp_path / "BASE")
+    shutil.copytree(classifier / "lora", tmp_path / "out")
+    shutil.copy(classifier / "numbered.csv", tmp_path / "val.csv")
+    monkeypatch.chdir(tmp_path)
+    for fence in fences("docs/shrink.md", "bash"):
+        for line in fence.text.splitlines():
+            words = shlex.split(line, comments=True)
+            ran = invoke(*words[1:])
+            assert ran.exit_code == 0, (line, ran.stderr)
+            assert "--out" not in words or (tmp_path / words[-1] / "adapter_config.json").is_file()
+
+
+def test_a_mistake_is_one_line_and_exit_code_2_and_a_failed_check_1(
+    language, tmp_path, monkeypatch
+):
+    ran = invoke("shrink", tmp_path, "--energy", "0.9")
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith("dynlora: ")
+    assert ran.stderr.count("\n") == 1
+
+    def fail(*_):
+        raise RuntimeError("verification failed")
+
+    monkeypatch.setattr("dynlora.shrink.shrink.verify", fail)
+    ran = invoke("shrink", language / "lora", "--energy", "0.9", "--out", tmp_path / "out")
+    assert ran.exit_code == 1
+    assert not (tmp_path / "out").exists()
