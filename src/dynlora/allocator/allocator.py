@@ -455,7 +455,7 @@ class RankAllocator:
         self._copies.mask_like_(self.modules)
         self.is_frozen = True
         if self.settings.compact:
-            warn_of_outside_copies(self.modules)
+            warn_of_outside_copies(self.modules, self._copies.models)
         ddp = self._finder.ddp
         can_shrink = self.settings.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
         if not can_shrink or any(m.is_sharded for m in self.modules):
