@@ -18,6 +18,14 @@ collect_ignore = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several models of one shape live side by side in tests, which looks like copies of one."""
+    for item in items:
+        item.add_marker(
+            pytest.mark.filterwarnings("ignore:.*tensors outside the model:UserWarning")
+        )
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     set_seed(0)

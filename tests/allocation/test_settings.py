@@ -40,7 +40,7 @@ def test_the_borders_are_legal():
     ("given", "error", "message"),
     [
         ({"targetr": 8}, TypeError, r"DynLoraCallback has no argument 'targetr'. Did you mean target_r\?"),
-        ({"xyz": 8}, TypeError, r"no argument 'xyz'. It takes target_r, min_r"),
+        ({"xyz": 8}, TypeError, r"no argument 'xyz'. It takes target_r, tolerance"),
         ({"min_r": 1}, ValueError, r"needs target_r, .* such as DynLoraCallback\(target_r=8\)"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ def test_defaults_are_the_promised_ones():
     config = DynLoraConfig()
     promised = {
         "init_r": 12, "target_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "prune_start": 0.15,
-        "prune_end": 0.5, "prune_interval": 10, "ema_beta": 0.9, "dem_weight": 0.0, "revival": False,
+        "prune_end": None, "prune_interval": 10, "ema_beta": 0.9, "dem_weight": 0.0, "revival": False,
         "compact": True, "total_steps": None, "init_std": None, "min_r": 0, "budget": "parameters",
         "init": "lora", "importance": "sensitivity",
     }  # fmt: skip
