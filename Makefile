@@ -38,7 +38,7 @@ test-slow: .venv/dev.stamp
 	touch $@
 
 test-zero: .venv/zero.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -k zero tests/test_distributed.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -k zero tests/allocator/test_distributed.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .

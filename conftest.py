@@ -12,10 +12,18 @@ settings.load_profile("any-machine")
 
 # torch's process group of threads is internal, and was tried with this version first
 collect_ignore = (
-    ["tests/test_ranks_in_threads.py", "lab/tests/test_interrupt_in_threads.py"]
+    ["tests/allocator/test_ranks_in_threads.py", "lab/tests/test_interrupt_in_threads.py"]
     if Version(version("torch")) < Version("2.13")
     else []
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several models of one shape live side by side in tests, which looks like copies of one."""
+    for item in items:
+        item.add_marker(
+            pytest.mark.filterwarnings("ignore:.*tensors outside the model:UserWarning")
+        )
 
 
 @pytest.fixture(autouse=True)

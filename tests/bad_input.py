@@ -10,7 +10,7 @@ from torch import nn
 
 from dynlora import DynLoraConfig, RankAllocator, dem_loss, export_lora, finalize_, warm_start_
 from small_net import adamw, adapted, attached, small_net, train
-from test_config import REFUSED
+from wrong_settings import REFUSED
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.layers.1."

@@ -1,7 +1,7 @@
 """Random models of a few thousand parameters, one per architecture, and a short training loop."""
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     set_seed,
@@ -17,7 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from dynlora import DynLoraConfig, RankAllocator
-from small_net import PAPER
+from small_net import SETTINGS
 
 VOCABULARY = 40
 
@@ -81,6 +83,25 @@ def tiny_t5():
     ).eval()
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def tiny_experts():
+    """Its experts are fused into one tensor each, adapted by ``target_parameters=EXPERTS``."""
+    set_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = MixtralConfig(
+        **sizes, **heads, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2
+    )
+    model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    return model
+
+
+KINDS = ("embedding", "hf_conv1d", "conv1d", "conv2d", "mha", "linear")
+
+
 class LayerKinds(nn.Module):
     """Every kind of layer that PEFT's LoRA adapts, in one row; each is named by its kind.
 
@@ -130,11 +151,22 @@ def logits(model):
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None):
-    """Train the adapter for some steps with a RankAllocator; the run is not finalized."""
+BUDGET = {"target_r": 1, "prune_interval": 2}
+"""So poor that some module ends at rank 0, but only at the freeze."""
+
+
+def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None, **settings):
+    """Train the adapter for some steps with a RankAllocator; the run is not finalized.
+
+    Settings are those of ``BUDGET`` but for the given ones, or a gated adapter's own.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
-    allocator = RankAllocator(model, optimizer, total_steps=total_steps or steps, adapter=adapter)
+    if not any(isinstance(c, DynLoraConfig) for c in base.peft_config.values()):
+        settings = {**BUDGET, **settings}
+    allocator = RankAllocator(
+        model, optimizer, total_steps=total_steps or steps, adapter=adapter, **settings
+    )
     inputs = batch(base)
     target = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(2))
     model.train()
@@ -148,13 +180,13 @@ def train(model, *, steps=12, total_steps=None, lr=2e-2, adapter=None):
     return allocator
 
 
-def config(**fields):
-    """A small budget, and ranks so scarce that some module ends at 0, but only at the freeze."""
-    defaults = {
-        "init_r": 4, "target_r": 1, "prune_interval": 2, "target_modules": "all-linear",
-        **PAPER,
-    }  # fmt: skip
-    return DynLoraConfig(**{**defaults, **fields})
+def config(*, gated=False, **fields):
+    """A stock LoraConfig of rank 4, or with ``gated`` a DynLoraConfig with ``BUDGET``."""
+    fields = {"target_modules": "all-linear", "lora_alpha": 8, **fields}
+    if gated:
+        return DynLoraConfig(**{"init_r": fields.pop("r", 4), **BUDGET, **fields})
+    assert not SETTINGS & fields.keys(), "settings go to train()"
+    return LoraConfig(**{"r": 4, **fields})
 
 
 def adapted(build=tiny_llama, **fields):

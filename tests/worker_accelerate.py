@@ -1,4 +1,4 @@
-"""One of two processes under ``accelerate launch``; run by test_distributed.py.
+"""One of two processes under ``accelerate launch``; run by allocator/test_distributed.py.
 
 ``worker_accelerate.py KIND FOLDER`` trains with transformers' Trainer or a plain Accelerate loop.
 """
@@ -8,43 +8,30 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import get_peft_model
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Trainer, TrainingArguments
 
-from dynlora import DynLoraCallback, DynLoraConfig, RankAllocator, export_lora
-from small_net import adamw, adapted, data
-from worker_kill import CONFIG, WithLoss
+from dynlora import export_lora
+from small_net import adamw, adapted, allocated, data
+from small_trainer import losses_of, trainer_of
 
 STEPS = 20
+FIELDS = {"target_r": 0.5, "prune_interval": 3}
 
 
 def trainer_run(folder, batch, **options):
-    torch.manual_seed(0)
-    model = get_peft_model(WithLoss(dropout=0.0), DynLoraConfig(**CONFIG))
-    x, y = data(rows=64)
-    arguments = TrainingArguments(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=batch, learning_rate=1e-2,
-        report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"], **options,
-    )  # fmt: skip
-    callback = DynLoraCallback()
-    run = Trainer(
-        model=model, args=arguments, callbacks=[callback],
-        train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
-    )  # fmt: skip
+    arguments = {"max_steps": STEPS, "per_device_train_batch_size": batch, **options}
+    run, callback = trainer_of(folder, arguments=arguments, **FIELDS)
     run.train()
     export_lora(run.model, folder / "exported")
-    losses = [log["loss"] for log in run.state.log_history if "loss" in log]
-    return losses, callback.ranks, run.accelerator, callback.allocator
+    return losses_of(run), callback.ranks, run.accelerator, callback.allocator
 
 
 def loop_run(folder, batch):
     accelerator = Accelerator(cpu=True)
-    model = adapted(**CONFIG)
+    model = adapted()
     loader = DataLoader(TensorDataset(*data(rows=64)), batch)
     model, optimizer, loader = accelerator.prepare(model, adamw(model), loader)
-    allocator = RankAllocator(model, optimizer, total_steps=STEPS)
+    allocator = allocated(model, optimizer, total_steps=STEPS, **FIELDS)
     losses = []
     while allocator.step < STEPS:
         for x, y in loader:

@@ -1,6 +1,7 @@
 """Runs that are killed by SIGKILL and go on; each in a process forked from this one, imported once.
 
-``python worker_kill.py FOLDER`` prints one JSON line per run: {"name": ..., "same": ...}.
+``python worker_kill.py FOLDER [NAME...]`` prints one JSON line per run: {"name": ..., "same": ...}; names
+such as "trainer step 9" choose some of them.
 """
 
 import json
@@ -13,17 +14,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import get_peft_model
 from safetensors import SafetensorError
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-import dynlora
-from dynlora import DynLoraCallback, DynLoraConfig, RankAllocator, compaction, last_checkpoint
-from small_net import SmallNet, adamw, adapted, data
+import dynlora.allocator.compaction
+from dynlora import last_checkpoint
+from small_net import adamw, adapted, allocated, data
+from small_trainer import losses_of, trainer_of, weights
 
 STEPS, SAVE_EVERY = 30, 2  # window: steps 4 to 15
-CONFIG = {"init_r": 4, "target_r": 1, "target_modules": ["0", "1", "2"], "prune_interval": 3}
+FIELDS = {"target_r": 0.5, "prune_interval": 3}  # ranks of 0 to 4
 AT_STEP = [("step", n) for n in (1, 3, 6, 9, 14, 15, 16, 21, 29)]
 IN_WRITE = [
     (kind, n) for kind, n in (("adapter", 8), ("optimizer", 16), ("state", 14), ("state", 30))
@@ -46,17 +46,6 @@ def die_after_half(path, content):
     """Leave a half-written file and die."""
     Path(path).write_bytes(content[: len(content) // 2])
     die()
-
-
-class WithLoss(nn.Module):
-    def __init__(self, dropout=0.2):
-        super().__init__()
-        self.net = SmallNet()
-        self.dropout = nn.Dropout(dropout)  # so that the random state must be restored, too
-
-    def forward(self, x, labels=None):
-        logits = self.net(self.dropout(x))
-        return {"loss": ((logits - labels) ** 2).mean(), "logits": logits}
 
 
 class DieAtStep(TrainerCallback):
@@ -110,53 +99,42 @@ def arm(kind, step, current_step):
     sys.modules["peft.peft_model"].safe_save_file = save_adapter
 
 
+def die_in_compaction():
+    """Die when the parameters are cut, before the optimizer has forgotten those that left."""
+    dynlora.allocator.compaction.forget_parameters_ = die
+
+
 def trainer_run(folder, kill=None):
-    torch.manual_seed(0)
-    model = get_peft_model(WithLoss(), DynLoraConfig(**CONFIG))
-    x, y = data(rows=64)
-    arguments = TrainingArguments(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
-        logging_steps=1, save_strategy="steps", save_steps=SAVE_EVERY, save_total_limit=2,
-        disable_tqdm=True, use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
-        label_names=["labels"],
-    )  # fmt: skip
-    callback = DynLoraCallback()
-    run = Trainer(
-        model=model, args=arguments, callbacks=[callback],
-        train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
-    )  # fmt: skip
+    arguments = {
+        "max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE_EVERY, "save_total_limit": 2
+    }  # fmt: skip
+    run, callback = trainer_of(folder, arguments=arguments, dropout=0.2, **FIELDS)
     if kill:
         kind, step = kill
         if kind == "step":
             run.add_callback(DieAtStep(step))
         elif kind == "compaction":
-            compaction._swap_in_optimizer_ = die
+            die_in_compaction()
         else:
             arm(kind, step, lambda: run.state.global_step)
     run.train(resume_from_checkpoint=last_checkpoint(folder))
-    losses = [log["loss"] for log in run.state.log_history if "loss" in log][:STEPS]
-    return losses, callback.ranks, weights(run.model)
-
-
-def weights(model):
-    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    return losses_of(run)[:STEPS], callback.ranks, weights(run.model)
 
 
 def loop_run(folder, kill=None):
     saved = Path(folder) / "saved.pt"
     kind, at = kill or (None, None)
     state = torch.load(saved, weights_only=True) if saved.exists() else None
-    model = adapted(**CONFIG)
+    model = adapted()
+    optimizer = adamw(model)
+    allocator = allocated(model, optimizer, total_steps=STEPS, **FIELDS)
     if state:
         model.load_state_dict(state["model"])
-    optimizer = adamw(model)
-    if state and kind != "forget":
-        optimizer.load_state_dict(state["optimizer"])
-    allocator = RankAllocator(model, optimizer, total_steps=STEPS)
-    if state:
+        if kind != "forget":
+            optimizer.load_state_dict(state["optimizer"])
         allocator.load_state_dict(state["allocator"])
     if kind == "compaction":
-        compaction._swap_in_optimizer_ = die
+        die_in_compaction()
     losses = state["losses"] if state else []
     x, y = data()
     while allocator.step < STEPS:
@@ -221,27 +199,32 @@ def same(one, two):
 
 
 def report(name, folder, whole, *, died):
-    row = {"name": name, "died": died, "same": same(result(folder), result(whole))}
+    found = result(folder)
+    row = {"name": name, "died": died, "same": same(found, result(whole)), "ranks": found[1]}
     sys.stdout.write(json.dumps(row) + "\n")
 
 
-def main(root):
-    for run, kills in ((trainer_run, TRAINER_KILLS), (loop_run, LOOP_KILLS)):
+def main(root, *chosen):
+    for kind, run, kills in (
+        ("trainer", trainer_run, TRAINER_KILLS), ("loop", loop_run, LOOP_KILLS)
+    ):  # fmt: skip
+        kills = [k for k in kills if not chosen or f"{kind} {k[0]} {k[1]}" in chosen]
         whole = tempfile.mkdtemp(dir=root)
         in_child(run, whole)
         for kill in kills:
             folder = tempfile.mkdtemp(dir=root)
             died = not in_child(run, folder, kill)
             in_child(run, folder)
-            report(f"{run.__name__} {kill[0]} {kill[1]}", folder, whole, died=died)
+            report(f"{kind} {kill[0]} {kill[1]}", folder, whole, died=died)
+        if chosen and f"{kind} control" not in chosen:
+            continue
         control = tempfile.mkdtemp(dir=root)  # a run that loses its optimizer's state must differ
         died = not in_child(run, control, ("step", 13))
         if run is trainer_run:
             Path(last_checkpoint(control), "optimizer.pt").unlink()
         in_child(run, control, ("forget", 0))
-        report(f"{run.__name__} control", control, whole, died=died)
+        report(f"{kind} control", control, whole, died=died)
 
 
 if __name__ == "__main__":
-    assert dynlora
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,21 +1,20 @@
-"""One of two processes that train the small net together; run by test_distributed.py.
+"""One of two processes that train the small net together; run by allocator/test_distributed.py.
 
-``torchrun --nproc-per-node 2 worker_processes.py MODE FOLDER IMPORTANCE`` saves what each process saw.
+``torchrun --nproc-per-node 2 worker_processes.py MODE FOLDER [FIELDS [SPOIL]]`` saves what each saw.
 """
 
+import json
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from dynlora import RankAllocator, export_lora
-from small_net import adamw, adapted, data
+from dynlora import export_lora
+from small_net import adamw, adapted, allocated, data
 
 STEPS = 30
 
@@ -31,25 +30,11 @@ def fsdp2(model):
     return fully_shard(model, mesh=mesh)
 
 
-def fsdp1(model, policy=None, **options):
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, device_id=torch.device("cpu"),
-        **{"use_orig_params": True, **options},
-    )  # fmt: skip
+def fsdp1(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
-def fsdp1_layers(model):
-    return fsdp1(model, ModuleWrapPolicy({LoraLayer}))
-
-
-def fsdp1_flat(model):
-    return fsdp1(model.requires_grad_(True), use_orig_params=False)
-
-
-WRAPPERS = {
-    "ddp": ddp, "ddp-inside": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "fsdp1-layers": fsdp1_layers,
-    "fsdp1-flat": fsdp1_flat,
-}  # fmt: skip
+WRAPPERS = {"ddp": ddp, "ddp-inside": ddp, "ddp-without": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1}
 
 
 def zero(model, stage):
@@ -63,21 +48,22 @@ def zero(model, stage):
     return engine, optimizer
 
 
-def trained(mode, model, spoil=None):
-    """Train on this process's half of each batch; (allocator, wrapped model, mean losses)."""
+def trained(mode, model, spoil=None, steps=STEPS, **fields):
+    """Train on this process's half of each batch; (allocator, wrapped model, losses, optimizer)."""
     rank = dist.get_rank()
     if mode.startswith("zero"):
         wrapped, optimizer = zero(model, int(mode[-1]))
     else:
         wrapped = WRAPPERS[mode](model)
         optimizer = adamw(wrapped, foreach=False)
-    allocator = RankAllocator(
-        model if mode == "ddp-inside" else wrapped, optimizer, total_steps=STEPS
-    )
+    allocator = None
+    if mode != "ddp-without":
+        around = model if mode == "ddp-inside" else wrapped
+        allocator = allocated(around, optimizer, total_steps=STEPS, **fields)
     x, y = data()
     mine = slice(rank * 16, rank * 16 + 16)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = ((wrapped(x[mine]) - y[mine]) ** 2).mean()
         if step == spoil and rank == 1:
             loss = loss * float("nan")
@@ -91,24 +77,25 @@ def trained(mode, model, spoil=None):
         both = loss.detach().clone()
         dist.all_reduce(both)
         losses.append(both.item() / 2)
-    return allocator, wrapped, losses
+    return allocator, wrapped, losses, optimizer
 
 
-def main(mode, folder, importance="share", spoil=None):
+def main(mode, folder, fields="{}", spoil=None):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group("gloo")
-    model = adapted(target_r=1, dem_weight=0.2, importance=importance)
+    fields = json.loads(fields)
+    model = adapted(**fields)
     try:
-        allocator, wrapped, losses = trained(mode, model, spoil and int(spoil))
+        allocator, wrapped, losses, _ = trained(mode, model, spoil and int(spoil), **fields)
     except (FloatingPointError, ValueError) as error:
         torch.save(f"{type(error).__name__}: {error}", f"{folder}/{dist.get_rank()}.pt")
         dist.barrier()
         return
-    stored = sum(m.num_components for m in allocator.layers)
-    ranks = allocator.ranks()
-    logits = wrapped(data()[0]).detach()
+    content = {
+        "losses": losses, "ranks": allocator.ranks(), "stored": [m.rank for m in allocator.modules],
+        "logits": wrapped(data()[0]).detach(),
+    }  # fmt: skip
     export_lora(wrapped, f"{folder}/exported{dist.get_rank()}")
-    content = {"losses": losses, "ranks": ranks, "logits": logits, "stored": stored}
     if mode.startswith("ddp"):
         allocator.finalize_()
         content["weights"] = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
@@ -117,5 +104,21 @@ def main(mode, folder, importance="share", spoil=None):
     dist.destroy_process_group()
 
 
+def first_steps(folder):
+    """Thirteen steps of DDP, with an allocator and without, for a comparison to the bit."""
+    dist.init_process_group("gloo")
+    for mode in ("ddp", "ddp-without"):
+        model = adapted()
+        _, _, losses, optimizer = trained(mode, model, steps=13, target_r=1)
+        state = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+        moments = optimizer.state_dict()["state"]
+        torch.save((losses, state, moments), f"{folder}/{mode}{dist.get_rank()}.pt")
+    torch.save(None, f"{folder}/{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "first-steps":
+        first_steps(sys.argv[2])
+    else:
+        main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO in one process: the functions that dynlora calls, doing what their pages say.
 
-The real one, in two processes, is in test_distributed.py (``make test-zero``).
+The real one, in two processes, is in allocator/test_distributed.py (``make test-zero``).
 """
 
 import contextlib
@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-import dynlora
-from small_net import adamw, adapted, data
+from small_net import adamw, adapted, allocated, data
 
 
 class ZeROOptimizer:
@@ -109,7 +108,7 @@ def attached(stage, *, scale=1.0, total_steps=30, **fields):
     """Engine, optimizer and allocator of the small net, ready to train."""
     model = adapted(**fields)
     optimizer, engine = Zero(model, stage=stage, scale=scale), DeepSpeedEngine(model)
-    return engine, optimizer, dynlora.RankAllocator(engine, optimizer, total_steps=total_steps)
+    return engine, optimizer, allocated(engine, optimizer, total_steps=total_steps, **fields)
 
 
 def train(engine, optimizer, steps, *, spoil=None):

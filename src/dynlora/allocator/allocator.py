@@ -123,10 +123,13 @@ class RankAllocator:
         self.target_cost = self._known_target()
         self._floors = [max(self.settings.min_r, not m.can_drop) for m in self.modules]
         needed = sum(f * c for f, c in zip(self._floors, self._costs, strict=True))
-        check_target(self.settings, self.target_cost, self.total_cost, needed, self.modules)
+        check_target(
+            self.settings, self.target_cost, self.total_cost, needed, self._costs, self.modules
+        )
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []
+        self._final_ranks: dict[str, int] | None = None
         self._guard = FiniteGuard()
         self._copies = AveragedCopies(self.adapter)
         self._masks = Masks([])
@@ -149,6 +152,8 @@ class RankAllocator:
 
     def ranks(self) -> dict[str, int]:
         """Live rank by module name, zeros included."""
+        if self._final_ranks is not None:
+            return dict(self._final_ranks)
         return {m.name: int(m.live.sum()) for m in self.modules}
 
     @property
@@ -159,7 +164,7 @@ class RankAllocator:
     @property
     def cost(self) -> int:
         """What the live components cost now."""
-        return sum(c * int(m.live.sum()) for c, m in zip(self._costs, self.modules, strict=True))
+        return sum(c * r for c, r in zip(self._costs, self.ranks().values(), strict=True))
 
     def _equation(self) -> dict[str, int]:
         """What Eq. 9 is computed from."""
@@ -262,7 +267,8 @@ class RankAllocator:
                 stacklevel=2,
             )
         self.detach()
-        return self._adapter.finish_()
+        self._final_ranks = self._adapter.finish_()
+        return self.ranks()
 
     def check_has_stepped(self) -> None:
         """Raise RuntimeError if no optimizer step was ever seen."""
@@ -373,8 +379,12 @@ class RankAllocator:
             self.step, start=self.start, stop=self.stop, interval=self.settings.prune_interval
         )
 
-    def _prune(self) -> None:
-        """Keep the components with the most score per cost in the whole model; the others become 0."""
+    def _prune(self, *, is_last: bool = False) -> None:
+        """Keep the components with the most score per cost in the whole model; the others become 0.
+
+        Args:
+            is_last: whether the target is met now, whatever the step.
+        """
         self._guard.read(step=self.step)
         self.score.check(self.present, self.step)
         choice = self._search() if self.settings.is_auto else None
@@ -387,10 +397,14 @@ class RankAllocator:
         costs = torch.tensor(
             [cost for cost, size in zip(self._costs, sizes, strict=True) for _ in range(size)]
         )
-        keep = allocation.select_components(
-            scores, costs, self.budget, floors=self._floors, sizes=sizes
-        )
+        budget = self.target_cost if is_last else self.budget
+        keep = allocation.select_components(scores, costs, budget, floors=self._floors, sizes=sizes)
         keep = broadcast_choice(keep, self.present[0].ema.device)
+        if not bool(keep.any()):
+            raise ValueError(
+                f"no component would stay at step {self.step}: all scores are below 0. A score of your own "
+                "must be 0 or more for what may stay."
+            )
         for module, live in zip(self.modules, keep.split(sizes), strict=True):
             module.live.copy_(live)
         self._masks = Masks(self.modules)
@@ -423,9 +437,9 @@ class RankAllocator:
         self.check_has_stepped()
         if self.is_frozen:
             return
+        self._prune(is_last=True)  # where it refuses, the run can go on as planned
         self.stop = self.step
         self.start = min(self.start, self.stop - 1)
-        self._prune()
         self._freeze()
 
     def _freeze(self) -> None:

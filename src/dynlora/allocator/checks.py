@@ -66,7 +66,12 @@ def known_evaluate(
 
 
 def check_target(
-    settings: Settings, target: int, total: int, needed: int, modules: Sequence[LoraComponents]
+    settings: Settings,
+    target: int,
+    total: int,
+    needed: int,
+    costs: Sequence[int],
+    modules: Sequence[LoraComponents],
 ) -> None:
     """Refuse a target above what the adapter starts with, or below what its modules must keep.
 
@@ -75,6 +80,7 @@ def check_target(
         target: what ``target_r`` asks for.
         total: what all components cost.
         needed: what the components cost that every module keeps.
+        costs: of one component of each module.
         modules: the adapted modules.
 
     Raises:
@@ -87,6 +93,15 @@ def check_target(
             f"target_r={settings.target_r} asks for {target} {settings.budget}, but {needed} must stay: "
             f"{why} ({len(fixed)} of {len(modules)} modules cannot lose their last component: fused "
             "experts, and modules whose biases are trained). Raise target_r."
+        )
+    if target < max(
+        costs
+    ):  # cuts are final: what is left at last could be too large for the target
+        largest = modules[costs.index(max(costs))].name
+        raise ValueError(
+            f"target_r={settings.target_r} asks for {target} {settings.budget}, but one component of "
+            f"module {largest!r} has {max(costs)}: it could leave no component at all. Raise target_r, or "
+            "count with budget='components'."
         )
     if target > total:
         ranks = sorted({m.rank for m in modules})

@@ -1,7 +1,7 @@
 """Who scores the components: the importance that the settings name, or a function of the user's own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from dynlora.allocation import Settings
 from dynlora.allocator.checks import check_importance, check_not_all_zero
 from dynlora.allocator.stacks import groups, limits_of, stacks
 from dynlora.lora.components import Factor, LoraComponents
-from dynlora.lora.sharding import full_gradient, full_tensor
+from dynlora.lora.sharding import full_gradient, full_shape, full_tensor
 from dynlora.lora.zero import is_zero_parameter
 
 Score = Callable[[Sequence[LoraComponents], int], None]
@@ -181,12 +181,20 @@ def _signed_sums(probes: Sequence[Factor]) -> list[Tensor]:
 def _weight_and_gradient(probe: Factor) -> tuple[Tensor, Tensor]:
     """What this process holds of both."""
     parameter = probe.parameter
-    if is_zero_parameter(parameter):
+    if is_zero_parameter(parameter) or _splits_components(probe):
         weight, gradient = full_tensor(parameter).detach(), full_gradient(parameter)
     else:
         weight, gradient = _local(parameter.detach()), parameter.grad
         gradient = None if gradient is None else _local(gradient.detach())
     return weight, torch.zeros_like(weight) if gradient is None else gradient
+
+
+def _splits_components(probe: Factor) -> bool:
+    """Whether FSDP2 gave each process some of the components, as it does with gates."""
+    parameter = probe.parameter
+    return isinstance(parameter, DTensor) and any(
+        p.is_shard(probe.dim) for p in parameter.placements
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -197,7 +205,7 @@ def _summed_over_shards(probes: Sequence[Factor], sums: list[Tensor]) -> list[Te
     """The sums over whole tensors, where FSDP2 gave each process some rows: one collective call."""
     places = [
         (p.parameter.device_mesh, p.parameter.placements)
-        if isinstance(p.parameter, DTensor)
+        if isinstance(p.parameter, DTensor) and not _splits_components(p)
         else None
         for p in probes
     ]
@@ -234,31 +242,30 @@ def _blocks(modules: Sequence[LoraComponents]) -> Iterator[list[LoraComponents]]
 
 
 def _norms_of(modules: Sequence[LoraComponents], importance: str) -> list[Tensor]:
-    products = []
+    """As ``norms``; modules of one shape are computed as one stack."""
     pairs = [pair for m in modules for pair in m.pairs]
     grams_a = gram_matrices([a for a, _ in pairs])
     grams_b = gram_matrices([b for _, b in pairs])
-    at = 0
-    for module in modules:
-        count = len(module.pairs)
-        shares = [
-            (a * b).sum(0)
-            for a, b in zip(grams_a[at : at + count], grams_b[at : at + count], strict=True)
-        ]
-        total = torch.stack(shares).sum(0)  # pairs act on other outputs: squares of norms add
-        at += count
-        gate = module.gate
-        gates = None if gate is None else full_tensor(gate).detach().to(total.dtype)
-        ones = torch.ones_like(total)
-        products.append(allocation.component_products(total, ones, gates))
+    places = iter(range(len(pairs)))
+    places_of = [[next(places) for _ in m.pairs] for m in modules]
+    kinds = [
+        (tuple(grams_a[p].shape for p in own), grams_a[own[0]].dtype, m.ema.device, m.gate is None)
+        for m, own in zip(modules, places_of, strict=True)
+    ]
     found: list[Tensor] = [torch.zeros(0)] * len(modules)
-    for rows in groups([(p.shape, p.dtype, p.device) for p in products]):
-        stack = torch.stack([products[i] for i in rows])
+    for rows in groups(kinds):
+        total: Any = 0
+        for own in zip(*(places_of[i] for i in rows), strict=True):
+            a, b = (torch.stack([grams[p] for p in own]) for grams in (grams_a, grams_b))
+            total = total + (a * b).sum(1)  # pairs act on other outputs: squares of norms add
+        gates = [full_tensor(g).detach() for i in rows if (g := modules[i].gate) is not None]
+        stacked = torch.stack(gates).to(total.dtype) if gates else None
+        products = allocation.component_products(total, torch.ones_like(total), stacked)
         if importance == "share":
-            scores = allocation.component_importance(stack)
+            scores = allocation.component_importance(products)
         else:
             scalings = [modules[i].scaling or 1.0 for i in rows]
-            scores = allocation.component_norms(stack) * stack.new_tensor(scalings)[:, None]
+            scores = allocation.component_norms(products) * total.new_tensor(scalings)[:, None]
         for i, row in zip(rows, scores.unbind(), strict=True):
             found[i] = row
     return found
@@ -273,7 +280,8 @@ def gram_matrices(factors: Sequence[Factor]) -> list[Tensor]:
     """
     weights = [f.parameter for f in factors]
     kinds = [
-        (w.shape, f.dim, f.copies, f.is_grouped) for w, f in zip(weights, factors, strict=True)
+        (full_shape(w), f.dim, f.copies, f.is_grouped)
+        for w, f in zip(weights, factors, strict=True)
     ]
     grams: list[Tensor] = [torch.zeros(0)] * len(factors)
     for rows in stacks(weights, kinds):

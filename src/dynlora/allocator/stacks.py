@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dynlora.lora.sharding import full_shape
+
 
 class Limits(NamedTuple):
     """Bytes of temporaries; small ones keep a CPU's caches, large ones need few kernel launches."""
@@ -35,7 +37,7 @@ def stacks(tensors: Sequence[Tensor], kinds: Sequence[Hashable]) -> Iterator[lis
     for rows in groups([(k, t.dtype, t.device) for k, t in zip(kinds, tensors, strict=True)]):
         first = tensors[rows[0]]
         width = first.element_size()
-        size = first.numel() * (width if width >= 4 else width + 4)  # converted to fp32
+        size = full_shape(first).numel() * (width if width >= 4 else width + 4)  # converted to fp32
         step = max(1, limits_of(first).stack // max(1, size))
         yield from (rows[i : i + step] for i in range(0, len(rows), step))
 

@@ -5,6 +5,7 @@ docs/processes.md.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -17,14 +18,16 @@ from peft import PeftModel
 
 import worker_accelerate
 from small_net import attached, data, small_net, train
+from small_trainer import WithLoss
 
-HERE = Path(__file__).parent
+WORKERS = Path(__file__).parents[1]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = (
     "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no",
 )  # fmt: skip
 RTOL = 1e-6  # other order of summation over the batch; measured: 2e-7
+POOR = {"target_r": 0.5, "dem_weight": 0.2}  # modules end at rank 0
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed (make test-zero)"
@@ -40,7 +43,7 @@ def launch(launcher, worker, *arguments, folder):
     """Run the worker in two processes and read what they saved in ``folder``."""
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     port = [] if launcher is TORCHRUN else ["--main_process_port", str(20000 + os.getpid() % 20000)]
-    command = [sys.executable, "-m", *launcher, *port, HERE / worker, arguments[0], folder]
+    command = [sys.executable, "-m", *launcher, *port, WORKERS / worker, arguments[0], folder]
     done = subprocess.run(
         [*command, *arguments[1:]], env={**os.environ, **own}, capture_output=True, text=True,
         check=False, timeout=110,
@@ -49,49 +52,63 @@ def launch(launcher, worker, *arguments, folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def single_process(importance="share"):
-    model, optimizer, allocator = attached(
-        total_steps=30, target_r=1, dem_weight=0.2, importance=importance
-    )
+def single_process(**fields):
+    model, optimizer, allocator = attached(total_steps=30, **fields)
     return train(model, optimizer, 30), allocator
 
 
-@pytest.mark.parametrize("mode", ["ddp-inside", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_ddp_compacts_and_equals_one_process(tmp_path, mode):
-    one, two = launch(TORCHRUN, "worker_processes.py", mode, folder=tmp_path)
+@pytest.mark.slow
+def test_until_the_first_cut_ddp_is_ddp_without_an_allocator_bit_for_bit(tmp_path):
+    launch(TORCHRUN, "worker_processes.py", "first-steps", folder=tmp_path)
+    for rank in range(2):
+        ours, theirs = (
+            torch.load(tmp_path / f"{mode}{rank}.pt") for mode in ("ddp", "ddp-without")
+        )
+        assert ours[0] == theirs[0]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+DDP = [
+    ("ddp-inside", {}),
+    pytest.param("ddp", {}, marks=pytest.mark.slow),
+    pytest.param("ddp", {"gated": True, "importance": "share"}, marks=pytest.mark.slow),
+    pytest.param("ddp-inside", {"compact": False}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("mode", "fields"), DDP, ids=str)
+def test_ddp_compacts_and_equals_one_process(tmp_path, mode, fields):
+    fields = {**POOR, **fields}
+    one, two = launch(TORCHRUN, "worker_processes.py", mode, json.dumps(fields), folder=tmp_path)
     assert one["ranks"] == two["ranks"]
+    assert 0 in one["ranks"].values()
     assert one["losses"] == two["losses"]
-    assert one["stored"] == sum(one["ranks"].values()) == 3  # really shrunk, not only masked
+    is_compact = fields.get("compact", True)
+    assert one["stored"] == (list(one["ranks"].values()) if is_compact else [4, 4, 4])
     assert all(torch.equal(one["weights"][n], two["weights"][n]) for n in one["weights"])
-    expected, allocator = single_process()
+    expected, allocator = single_process(**fields)
     torch.testing.assert_close(one["losses"], expected, rtol=RTOL, atol=0)
     assert allocator.ranks() == one["ranks"]
 
 
 SHARDED = [
-    pytest.param("fsdp2", "share", marks=needs_streams),
-    ("fsdp1-layers", "sensitivity"),
-    pytest.param("fsdp2", "sensitivity", marks=[pytest.mark.slow, needs_streams]),
-    *(
-        pytest.param(*run, marks=pytest.mark.slow)
-        for run in [("fsdp1-layers", "share"), ("fsdp1", "sensitivity")]
-    ),
-    *(
-        pytest.param(f"zero{n}", importance, marks=[pytest.mark.slow, needs_deepspeed])
-        for n in (1, 2, 3)
-        for importance in ("share", "sensitivity")
-    ),
-]
+    pytest.param(mode, {"importance": importance}, marks=[pytest.mark.slow, mark])
+    for mode, mark in (
+        ("fsdp2", needs_streams), *((f"zero{n}", needs_deepspeed) for n in (1, 2, 3))
+    )
+    for importance in ("share", "sensitivity")
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "importance"), SHARDED)
-def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode, importance):
-    one, two = launch(TORCHRUN, "worker_processes.py", mode, importance, folder=tmp_path)
+@pytest.mark.parametrize(("mode", "fields"), SHARDED, ids=str)
+def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode, fields):
+    fields = {**POOR, **fields}
+    one, two = launch(TORCHRUN, "worker_processes.py", mode, json.dumps(fields), folder=tmp_path)
     assert one["ranks"] == two["ranks"]
+    assert 0 in one["ranks"].values()
     assert one["losses"] == two["losses"]
-    assert sum(one["ranks"].values()) == 3
-    assert one["stored"] == 12  # shapes are kept, the dead are masked
-    expected, allocator = single_process(importance)
+    assert one["stored"] == [4, 4, 4]  # shapes are kept, the dead are masked
+    expected, allocator = single_process(**fields)
     torch.testing.assert_close(one["losses"], expected, rtol=RTOL, atol=0)
     assert allocator.ranks() == one["ranks"]
     assert not (tmp_path / "exported1").exists()  # only the first process writes
@@ -100,17 +117,12 @@ def test_sharded_runs_mask_and_export_what_one_process_trains(tmp_path, mode, im
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp1-layers"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=needs_streams)])
 def test_a_gradient_that_is_bad_on_one_process_stops_both(tmp_path, mode):
-    for message in launch(TORCHRUN, "worker_processes.py", mode, "share", "7", folder=tmp_path):
-        assert message.startswith("FloatingPointError: NaN or infinite gradient at step 8 in ")
-
-
-@pytest.mark.slow
-def test_fsdp1_without_the_original_parameters_is_refused(tmp_path):
-    for message in launch(TORCHRUN, "worker_processes.py", "fsdp1-flat", folder=tmp_path):
-        assert "ValueError: FullyShardedDataParallel(use_orig_params=False) replaces" in message
-        assert "Pass use_orig_params=True" in message
+    for message in launch(
+        TORCHRUN, "worker_processes.py", mode, json.dumps(POOR), "7", folder=tmp_path
+    ):
+        assert message.startswith("NotFiniteError: NaN or infinite gradient at step 8 in ")
 
 
 LAUNCHED = [
@@ -132,6 +144,7 @@ def test_accelerate_launch_trains_what_one_process_trains(tmp_path, kind, optimi
     run = worker_accelerate.loop_run if kind == "loop" else worker_accelerate.trainer_run
     expected, ranks, *_ = run(tmp_path / "alone", 16)
     assert ranks == one["ranks"]
+    assert 0 in ranks.values()
     torch.testing.assert_close(one["losses"], expected, rtol=RTOL, atol=0)
     base = small_net if kind == "loop" else with_loss
     together, alone = (
@@ -145,4 +158,4 @@ def test_accelerate_launch_trains_what_one_process_trains(tmp_path, kind, optimi
 
 def with_loss():
     torch.manual_seed(0)
-    return worker_accelerate.WithLoss(dropout=0.0)
+    return WithLoss()

@@ -10,11 +10,17 @@ from peft import PeftModel
 import small_net
 import zero_stand_in
 from dynlora import export_lora
-from dynlora.adapter.sharding import add_gradient_, full_gradient, full_shape, scale_all_, whole
-from dynlora.adapter.zero import unwrap_engine
-from dynlora.stepping import steppable
+from dynlora.allocator.step_hooks import steppable
+from dynlora.lora.sharding import (
+    add_gradient_,
+    full_gradient,
+    full_shape,
+    full_tensor,
+    scale_all_,
+)
+from dynlora.lora.zero import unwrap_engine
 
-RUN = {"target_r": 1, "dem_weight": 0.2}
+RUN = {"target_r": 0.5, "dem_weight": 0.2}  # modules end at rank 0
 STEPS = 30
 
 
@@ -41,12 +47,12 @@ def test_a_run_masks_and_exports_what_a_plain_one_trains(tmp_path, stage, import
     expected, plain = alone(importance)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
     assert allocator.ranks() == plain.ranks()
-    assert sum(allocator.ranks().values()) == 3
-    assert sum(m.num_components for m in allocator.layers) == 12  # masked, in their old shapes
-    for gated in allocator.layers:
-        gate, dead = gated.gate, ~gated.live
-        assert not whole(gate)[dead].any()
-        assert not zero_stand_in.safe_get_full_fp32_param(gate)[dead].any()
+    assert 0 in allocator.ranks().values()
+    assert [m.rank for m in allocator.modules] == [4, 4, 4]  # masked, in their old shapes
+    for module in allocator.modules:
+        b, dead = module.probes[0].parameter, ~module.live
+        assert not full_tensor(b)[:, dead].any()
+        assert not zero_stand_in.safe_get_full_fp32_param(b)[:, dead].any()
     allocator.detach()
     export_lora(engine, tmp_path)
     x, _ = small_net.data()
@@ -65,7 +71,7 @@ def test_a_step_that_the_optimizer_skips_for_an_overflow_is_no_step_of_the_run()
 
 def test_a_bad_gradient_without_a_scale_stops_the_run_before_its_step():
     engine, optimizer, allocator = zero_stand_in.attached(3, **RUN)
-    with pytest.raises(FloatingPointError, match="NaN or infinite gradient at step 2 in A of"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite gradient at step 2 in module"):
         zero_stand_in.train(engine, optimizer, 3, spoil=1)
     assert allocator.step == 1
 
@@ -98,13 +104,13 @@ def test_whole_parameters_are_read_and_scaled_wherever_their_parts_are(stage):
     assert {n: full_shape(p) for n, p in spread.items()} == {
         n: t.shape for n, t in expected.items()
     }
-    assert all(torch.equal(whole(p), expected[n]) for n, p in spread.items())
+    assert all(torch.equal(full_tensor(p), expected[n]) for n, p in spread.items())
     plain = torch.tensor([3.0, 5.0])
     factors = [torch.full_like(expected[n], 0.5) for n in spread]
     scale_all_([plain, *spread.values()], [torch.tensor([2.0, 0.0]), *factors])
     assert plain.tolist() == [6.0, 0.0]
     for name, parameter in spread.items():
-        assert torch.equal(whole(parameter), expected[name] / 2)
+        assert torch.equal(full_tensor(parameter), expected[name] / 2)
         exact = zero_stand_in.safe_get_full_fp32_param(parameter)
         assert torch.equal(exact, expected[name] / 2)
 

@@ -1,19 +1,22 @@
 """DynLoraConfig: defaults, what it refuses and how it says so, and its round trip through JSON."""
 
 import copy
+import dataclasses
+import json
 
 import pytest
 from peft import LoraConfig, PeftConfig
 
 from dynlora import DynLoraConfig
+from wrong_settings import REFUSED as SETTINGS_REFUSED
 
 
 def test_defaults_are_the_promised_ones():
     config = DynLoraConfig()
     promised = {
         "init_r": 12, "target_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "prune_start": 0.15,
-        "prune_end": 0.5, "prune_interval": 10, "ema_beta": 0.9, "dem_weight": 0.0, "revival": True,
-        "compact": True, "total_steps": None, "init_std": None,
+        "prune_end": None, "prune_interval": 10, "ema_beta": 0.9, "dem_weight": 0.0, "revival": False,
+        "compact": True, "total_steps": None, "init_std": None, "min_r": 0, "budget": "parameters",
         "init": "lora", "importance": "sensitivity",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in promised} == promised
@@ -28,36 +31,65 @@ def test_init_r_is_one_and_a_half_times_target_r(target, initial):
 
 
 def test_equal_ranks_are_legal():
-    assert DynLoraConfig(init_r=4, target_r=4).init_r == 4
+    assert DynLoraConfig(init_r=4, target_r=4, r=4).init_r == 4
 
 
-REFUSED = [
-    ({"r": 8}, r"r=8 must not be given.*Set target_r"),
+def test_a_config_can_be_made_from_another():
+    assert dataclasses.replace(DynLoraConfig(target_r=4), target_r=2).target_r == 2
+
+
+def test_the_paper_preset_fills_what_is_left_out_and_nothing_else():
+    config = DynLoraConfig(target_r=2, preset="paper", dem_weight=0.5, lora_dropout=0.0)
+    assert (config.lora_dropout, config.lora_alpha, config.init_r) == (0.0, 8, 3)
+    assert (config.importance, config.budget, config.init) == ("share", "components", "kaiming")
+    assert (config.dem_weight, config.revival) == (0.5, True)
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "slow-fast"}, {"fused": True}, {"fused": None}])
+def test_fields_of_older_versions_are_understood_where_they_changed_nothing(tmp_path, fields):
+    config = DynLoraConfig(target_r=2, target_modules=["q"])
+    config.save_pretrained(tmp_path)
+    rewrite(tmp_path / "adapter_config.json", fields)
+    assert DynLoraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "fast-slow"}, {"forget_pruned": True}])
+def test_and_refused_where_they_did(tmp_path, fields):
+    DynLoraConfig(target_r=2, target_modules=["q"]).save_pretrained(tmp_path)
+    rewrite(tmp_path / "adapter_config.json", fields)
+    with pytest.raises(
+        ValueError, match="was saved by an older dynlora and is no longer supported"
+    ):
+        DynLoraConfig.from_pretrained(tmp_path)
+
+
+def rewrite(path, fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+OWN = [
+    ({"r": 8}, r"r=8 differs from init_r=12. Leave r out"),
     ({"init_r": 4}, r"target_r=8 must not exceed init_r=4.*Lower target_r, raise init_r"),
-    ({"target_r": 0}, r"target_r=0 must be a number above 0"),
-    ({"target_r": -1}, r"target_r=-1 must be a number above 0"),
-    ({"target_r": "8"}, r"target_r='8' must be a number above 0"),
-    ({"target_r": float("nan")}, r"target_r=nan must be a number above 0"),
     ({"init_r": 8.5}, r"init_r=8.5 must be an integer of at least 1"),
     ({"init_r": 0, "target_r": 0.5}, r"init_r=0 must be an integer of at least 1"),
     ({"init_r": True, "target_r": 0.5}, r"init_r=True must be an integer"),
-    ({"prune_start": 0.6}, r"prune_start=0.6, prune_end=0.5 must satisfy"),
-    ({"prune_start": 0.5}, r"prune_start=0.5, prune_end=0.5 must satisfy"),
-    ({"prune_start": -0.1}, r"prune_start=-0.1.* must satisfy"),
-    ({"prune_end": 1.1}, r"prune_end=1.1 must satisfy"),
-    ({"prune_interval": 0}, r"prune_interval=0 must be an integer of at least 1"),
-    ({"prune_interval": 2.5}, r"prune_interval=2.5 must be an integer"),
-    ({"ema_beta": 1.0}, r"ema_beta=1.0 must lie in \[0, 1\)"),
-    ({"dem_weight": -0.1}, r"dem_weight=-0.1 must be 0 or more.*0 switches DEM off"),
-    ({"total_steps": 0}, r"total_steps=0 must be an integer of at least 1"),
+    ({"init": "kaiming-lora"}, r"init='kaiming-lora' must be one of 'kaiming', 'lora'"),
     ({"init_std": 0.0}, r"init_std=0.0 must be a number above 0.*or None"),
+    ({"preset": "best"}, r"preset='best' must be 'paper' or None"),
+    ({"rank_pattern": {"q": -1}}, r"rank_pattern=\{'q': -1\} must hold integers of at least 0"),
+    ({"alpha_pattern": {"q": 0}}, r"alpha_pattern=\{'q': 0\} must hold numbers above 0"),
+    ({"lora_alpha": 0}, r"lora_alpha=0 must be a number above 0"),
+    ({"lora_dropout": 1}, r"lora_dropout=1 must lie in \[0, 1\)"),
     ({"use_dora": True}, r"use_dora=True cannot be combined with dynlora: weight-decomposed"),
     ({"lora_bias": True}, r"lora_bias=True cannot be combined"),
     ({"target_parameters": ["w"]}, r"target_parameters=\['w'\] cannot be combined"),
     ({"layer_replication": [(0, 2)]}, r"layer_replication=.* cannot be combined"),
     ({"ensure_weight_tying": True}, r"ensure_weight_tying=True cannot be combined"),
     ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' must be True or False.*init_std"),
-    ({"init_lora_weights": "gaussian"}, r"init_lora_weights='gaussian' must be True or False"),
+]
+REFUSED = [
+    *OWN,
+    *((fields, message) for fields, message in SETTINGS_REFUSED if "min_r" not in fields),
 ]
 
 

@@ -7,8 +7,15 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -18,10 +25,9 @@ from transformers import (
     set_seed,
 )
 
-from dynlora import DynLoraConfig, RankAllocator, export_lora
+from dynlora import RankAllocator
 
 STEPS = 12
-ATOL = 1e-4  # the 8-bit kernel casts its inputs to fp16, which magnifies the last bits of fp32
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the libraries' own
@@ -78,58 +84,55 @@ def logits(model):
     return model.eval()(input_ids=ids()).logits
 
 
-def trained(folder, name, *, compact=True, steps=STEPS, model=None, saved=None):
+def trained(folder, name, *, compact=True, steps=STEPS, saved=None):
     """Model, allocator, optimizer and losses of a run of 12 steps, or of a part of it."""
-    if model is None:
-        base = prepare_model_for_kbit_training(
-            quantised(folder, name), use_gradient_checkpointing=False
-        )
-        fields = {"init_r": 4, "target_r": 1, "prune_interval": 2, "target_modules": "all-linear"}
-        set_seed(1)
-        model = get_peft_model(base, DynLoraConfig(**fields, compact=compact))
+    base = prepare_model_for_kbit_training(
+        quantised(folder, name), use_gradient_checkpointing=False
+    )
+    set_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
-    allocator = RankAllocator(model, optimizer, total_steps=STEPS)
+    allocator = RankAllocator(
+        model, optimizer, total_steps=STEPS, target_r=1, prune_interval=2, compact=compact
+    )
     if saved:
-        optimizer.load_state_dict(saved[0])
-        allocator.load_state_dict(saved[1])
-    model.train()
+        set_peft_model_state_dict(model, load_file(saved[0] / "adapter_model.safetensors"))
+        optimizer.load_state_dict(saved[1])
+        allocator.load_state_dict(saved[2])
     losses = []
+    model.train()
     for _ in range(steps):
         loss = model(input_ids=ids(), labels=ids()).loss
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
     return model, allocator, optimizer, losses
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_an_adapter_on_a_quantised_base_ends_as_a_plain_lora(folder, name, tmp_path):
-    untouched = quantised(folder, name)
-    plain_outputs = logits(untouched)
+    plain_outputs = logits(quantised(folder, name))
     model, allocator, _, losses = trained(folder, name)
     assert losses[-1] < losses[0]
     before = logits(model)
     assert (before - plain_outputs).abs().max() > 0.1
-    model.save_pretrained(tmp_path / "native")
-    export_lora(model, tmp_path / "plain")
     ranks = allocator.finalize_()
-    assert sum(ranks.values()) == allocator.target_components
+    assert allocator.cost <= allocator.target_cost
     assert 0 in ranks.values()
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=ATOL)
-    native = PeftModel.from_pretrained(quantised(folder, name), tmp_path / "native")
-    assert torch.equal(logits(native), before)
-    stock = PeftModel.from_pretrained(quantised(folder, name), tmp_path / "plain")
-    assert type(stock.peft_config["default"]) is LoraConfig
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(quantised(folder, name), tmp_path)
     layers = [m for m in stock.modules() if isinstance(m, LoraLayer)]
     assert {type(m).__module__.partition(".")[0] for m in layers} == {"peft"}
-    torch.testing.assert_close(logits(stock), before, rtol=0, atol=ATOL)
+    assert torch.equal(logits(stock), before)
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes 8 bit", "torchao"])
-def test_merging_into_a_quantised_base_keeps_the_function_but_for_rounding(folder, name):
+def test_merging_into_a_quantised_base_keeps_the_function_but_for_rounding(folder, name, tmp_path):
     """On the CPU, 4-bit merges of stock LoRA change once a forward was made, so they prove nothing."""
-    model = trained(folder, name)[0]
+    trained(folder, name)[0].save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(quantised(folder, name), tmp_path)
     before = logits(model)
     learnt = (before - logits(quantised(folder, name))).abs().max()
     merged = logits(model.merge_and_unload())
@@ -137,23 +140,14 @@ def test_merging_into_a_quantised_base_keeps_the_function_but_for_rounding(folde
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_compaction_on_a_quantised_base_does_not_change_the_losses(folder, name):
+def test_compaction_and_a_resume_do_not_change_the_losses(folder, name, tmp_path):
     masked = trained(folder, name, compact=False)[3]
-    compacted = trained(folder, name)[3]
-    torch.testing.assert_close(compacted, masked, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("stop_at", [3, 8])
-@pytest.mark.parametrize("name", BASES)
-def test_a_run_on_a_quantised_base_resumes_bit_for_bit(folder, name, stop_at, tmp_path):
     whole = trained(folder, name)
-    first, allocator, optimizer, losses = trained(folder, name, steps=stop_at)
-    first.save_pretrained(tmp_path)
-    base = prepare_model_for_kbit_training(
-        quantised(folder, name), use_gradient_checkpointing=False
-    )
-    second = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-    saved = optimizer.state_dict(), allocator.state_dict()
-    parts = trained(folder, name, model=second, saved=saved, steps=STEPS - stop_at)
-    assert losses + parts[3] == whole[3]
-    assert parts[1].ranks() == whole[1].ranks()
+    torch.testing.assert_close(whole[3], masked, rtol=1e-6, atol=0)
+    for stop in (3, 8):
+        first, allocator, optimizer, losses = trained(folder, name, steps=stop)
+        first.save_pretrained(tmp_path / str(stop))
+        saved = tmp_path / str(stop), optimizer.state_dict(), allocator.state_dict()
+        parts = trained(folder, name, saved=saved, steps=STEPS - stop)
+        assert losses + parts[3] == whole[3]
+        assert parts[1].ranks() == whole[1].ranks()

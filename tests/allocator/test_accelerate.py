@@ -5,20 +5,19 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynlora import RankAllocator
-from small_net import adamw, adapted, data
+from small_net import adamw, adapted, allocated, data
 
 STEPS = 30  # the window is 4 to 15; six batches an epoch
-FIELDS = {"target_r": 0.5, "prune_interval": 3}  # two components for three modules
+FIELDS = {"target_r": 0.5, "prune_interval": 3}  # modules end at rank 0
 
 
-def prepared(seed):
+def prepared(seed, gated):
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=True)
-    model = adapted(seed=seed, **FIELDS)
+    model = adapted(seed=seed, gated=gated, **FIELDS)
     loader = DataLoader(TensorDataset(*data(rows=48)), 8)
     model, optimizer, loader = accelerator.prepare(model, adamw(model), loader)
-    allocator = RankAllocator(model, optimizer, total_steps=STEPS)
+    allocator = allocated(model, optimizer, total_steps=STEPS, gated=gated, **FIELDS)
     accelerator.register_for_checkpointing(allocator)
     return accelerator, model, optimizer, loader, allocator
 
@@ -38,11 +37,12 @@ def trained(accelerator, model, optimizer, loader, allocator, save_at=None, fold
     return losses
 
 
-@pytest.mark.parametrize("stop_at", [2, 9, 15, 16, 24])
-def test_a_run_goes_on_bit_for_bit_from_save_state(tmp_path, stop_at):
-    first = prepared(seed=0)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("stop_at", [2, 9, 15, 24])
+def test_a_run_goes_on_bit_for_bit_from_save_state(tmp_path, stop_at, gated):
+    first = prepared(0, gated)
     expected = trained(*first, save_at=stop_at, folder=tmp_path)
-    second = prepared(seed=7)
+    second = prepared(7, gated)
     second[0].load_state(tmp_path)
     assert second[-1].step == stop_at
     assert trained(*second) == expected[stop_at:]

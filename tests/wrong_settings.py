@@ -1,0 +1,28 @@
+"""Values that break a rule of Settings, beside target_r=8, and how the message begins."""
+
+REFUSED = [
+    ({"target_r": 0}, r"target_r=0 must be a number above 0"),
+    ({"target_r": -1}, r"target_r=-1 must be a number above 0"),
+    ({"target_r": "8"}, r"target_r='8' must be a number above 0"),
+    ({"target_r": True}, r"target_r=True must be a number above 0"),
+    ({"target_r": float("nan")}, r"target_r=nan must be a number above 0"),
+    ({"target_r": float("inf")}, r"target_r=inf must be a number above 0"),
+    ({"min_r": 9}, r"min_r=9 must be an integer from 0 to target_r=8"),
+    ({"min_r": -1}, r"min_r=-1 must be an integer from 0"),
+    ({"min_r": 0.5}, r"min_r=0.5 must be an integer from 0"),
+    ({"prune_start": 0.6}, r"prune_start=0.6, prune_end=0.5 must satisfy"),
+    ({"prune_start": 0.5}, r"prune_start=0.5, prune_end=0.5 must satisfy"),
+    ({"prune_start": -0.1}, r"prune_start=-0.1.* must satisfy"),
+    ({"prune_end": 1.1}, r"prune_end=1.1 must satisfy"),
+    ({"prune_interval": 0}, r"prune_interval=0 must be an integer of at least 1"),
+    ({"prune_interval": 2.5}, r"prune_interval=2.5 must be an integer"),
+    ({"ema_beta": 1.0}, r"ema_beta=1.0 must lie in \[0, 1\)"),
+    ({"ema_beta": -0.1}, r"ema_beta=-0.1 must lie in \[0, 1\)"),
+    ({"dem_weight": -0.1}, r"dem_weight=-0.1 must be 0 or more.*0 switches DEM off"),
+    ({"total_steps": 0}, r"total_steps=0 must be an integer of at least 1"),
+    ({"total_steps": 2.0}, r"total_steps=2.0 must be an integer of at least 1"),
+    ({"importance": "best"}, r"importance='best' must be one of 'sensitivity', 'share', 'norm'"),
+    ({"budget": "best"}, r"budget='best' must be one of 'parameters', 'components'"),
+    ({"revival": 1}, r"revival=1 must be True or False"),
+    ({"compact": "no"}, r"compact='no' must be True or False"),
+]
