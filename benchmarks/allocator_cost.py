@@ -2,8 +2,8 @@
 
     python benchmarks/allocator_cost.py [--device cuda]
 
-One allocator step is what happens around one optimizer step before the freeze: the gradient of DEM,
-scores, moving averages and the schedule. Layers are real tensors of the real shapes; larger models are
+One allocator step is what happens around one optimizer step before the first cut: a look for NaN, scores,
+moving averages and the schedule, and with the paper's settings the gradient of DEM. Layers are real tensors of the real shapes; larger models are
 extrapolated from one and two layers by the model time = fixed + layers x slope.
 """
 
@@ -12,15 +12,15 @@ import statistics
 from typing import Any, Literal
 
 import torch
-from arms import FOREVER, PLAIN_BEFORE, adamw, open_gates_, step_arms
+from arms import FOREVER, LORA_INITIAL, adamw, step_arms
 from cases import LLAMA_1B, LLAMA_8B, LLAMA_70B, ROBERTA, Shape, StepCase
 from measuring import arguments, interleaved, seconds, write
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynlora import DynLoraConfig, RankAllocator
+from dynlora import RankAllocator
 
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -45,13 +45,14 @@ def layer_sizes(shape: Shape) -> Sizes:
     ]
 
 
-def allocator_of(sizes: Sizes, rank: int, device: str, preset: Preset = "paper") -> RankAllocator:
-    """An allocator over modules of these sizes, all with gradients; the paper's settings cost most."""
+def allocator_of(sizes: Sizes, rank: int, device: str, preset: Preset = None) -> RankAllocator:
+    """An allocator over modules of these sizes, all with gradients."""
     bases = [nn.utils.skip_init(nn.Linear, i, o, bias=False, device=device) for i, o in sizes]
     names = [str(i) for i in range(len(sizes))]
-    config = DynLoraConfig(init_r=rank, target_r=rank / 2, target_modules=names, preset=preset)
-    model = open_gates_(get_peft_model(nn.Sequential(*bases), config))
-    allocator = RankAllocator(model, adamw(model), total_steps=FOREVER)
+    model = get_peft_model(nn.Sequential(*bases), LoraConfig(r=rank, target_modules=names))
+    allocator = RankAllocator(
+        model, adamw(model), target_r=rank / 2, total_steps=FOREVER, preset=preset
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -109,7 +110,7 @@ def peak_temporary_bytes(allocator: RankAllocator, device: str) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def describe(sizes: Sizes, rank: int, options: Any, preset: Preset = "paper") -> dict[str, Any]:
+def describe(sizes: Sizes, rank: int, options: Any, preset: Preset = None) -> dict[str, Any]:
     """Time, operations and temporaries of one allocator step."""
     allocator = allocator_of(sizes, rank, options.device, preset)
     allocator_step(allocator)
@@ -132,7 +133,7 @@ def share_of_a_step(case: StepCase, options: Any, preset: Preset) -> dict[str, A
     sizes = layer_sizes(case.shape) * case.layers
     allocator = allocator_of(sizes, case.init_r, options.device, preset)
     times = interleaved(
-        {"step": arms[PLAIN_BEFORE], "allocator": lambda: allocator_step(allocator)},
+        {"step": arms[LORA_INITIAL], "allocator": lambda: allocator_step(allocator)},
         rounds=options.rounds,
         device=options.device,
     )

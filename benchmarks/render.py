@@ -26,19 +26,20 @@ def _bytes(size: float) -> str:
 
 
 def step_cost(result: dict[str, Any]) -> str:
-    """Steps: time, and ratios to PEFT's LoRA and to the floor."""
+    """Steps: time, and ratios to PEFT's LoRA of the same rank and of the target rank, and to the floor."""
     parts = []
     for case in result["cases"]:
         rows = [
             (
                 arm,
                 _time(row["seconds"]),
-                "{:.2f} ({:.2f} to {:.2f})".format(row["to_lora"], *row["to_lora_spread"]),
+                "{:.2f} ({:.2f} to {:.2f})".format(row["to_peer"], *row["to_peer_spread"]),
+                f"{row['to_lora']:.2f}",
                 f"{row['to_floor']:.2f}",
             )
             for arm, row in case["arms"].items()
         ]
-        head = ("arm", "step", "÷ PEFT LoRA at target rank (range)", "÷ floor")
+        head = ("arm", "step", "÷ LoRA of its rank (range)", "÷ LoRA, target rank", "÷ floor")
         parts.append(f"**{case['case']}**\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
@@ -128,19 +129,6 @@ def whole_run(result: dict[str, Any]) -> str:
     return f"{result['case']}\n\n{table(head, rows)}"
 
 
-def shared_input(result: dict[str, Any]) -> str:
-    """Three modules of one input: time over that of the modules without adapters."""
-    names = list(dict.fromkeys(name for case in result["cases"] for name in case["arms"]))
-    rows = [
-        (
-            case["case"],
-            *(f"{case['arms'][n]['to_floor']:.2f}" if n in case["arms"] else "-" for n in names),
-        )
-        for case in result["cases"]
-    ]
-    return table(("÷ floor", *names), rows)
-
-
 def plot(result: dict[str, Any], name: str) -> None:
     """Allocator time against modules, rank and width, on logarithmic axes."""
     from matplotlib.figure import Figure  # only here: tables need no plotting
@@ -171,7 +159,6 @@ TABLES = {
     "step_cost": step_cost,
     "allocator_cost": allocator_cost,
     "whole_run": whole_run,
-    "shared_input": shared_input,
 }
 
 
