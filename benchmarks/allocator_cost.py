@@ -3,8 +3,9 @@
     python benchmarks/allocator_cost.py [--device cuda]
 
 One allocator step is what happens around one optimizer step before the first cut: a look for NaN, scores,
-moving averages and the schedule, and with the paper's settings the gradient of DEM. Layers are real tensors of the real shapes; larger models are
-extrapolated from one and two layers by the model time = fixed + layers x slope.
+moving averages and the schedule, and with the paper's settings the gradient of DEM. Layers are real
+tensors of the real shapes; larger models are extrapolated from one and two layers by the model time =
+fixed + layers x slope.
 """
 
 import itertools

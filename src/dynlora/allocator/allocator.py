@@ -45,6 +45,7 @@ from dynlora.allocator.step_hooks import (
     is_inner_step,
     loss_scale,
     once_computed,
+    refuse_capture,
     steppable,
 )
 from dynlora.errors import CannotShrinkError
@@ -332,6 +333,7 @@ class RankAllocator:
         """Read the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
             return None
+        refuse_capture()
         guard.heard(self)  # now: optimizers chained inside this one step next
         return once_computed(args, kwargs, lambda: self._read_gradients(optimizer))
 

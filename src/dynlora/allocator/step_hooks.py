@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -83,6 +84,20 @@ def is_inner_step(optimizer: Optimizer) -> bool:
             wrappers += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return wrappers == 2
+
+
+def refuse_capture() -> None:
+    """Refuse to be captured in a CUDA graph, whose replays call no hook: nothing would be pruned.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "optimizer.step() is being captured in a CUDA graph, whose replays would go unseen by the "
+            "RankAllocator: nothing would be scored or pruned. Capture forward and backward pass only, call "
+            "optimizer.step() after each replay, and capture again after the freeze."
+        )
 
 
 def once_computed(args: Any, kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
