@@ -87,9 +87,9 @@ class Costs:
     def rank_0(self, case: GpuCase, *, checkpointing: bool) -> dict[str, Any]:
         """LoRA without some of its modules, from token ids.
 
-        PEFT lets the embeddings require gradients wherever gradient checkpointing is on, and users do it
-        with ``enable_input_require_grads``: then the backward pass goes down to them, whatever lives.
-        The last arm takes that back.
+        Embeddings that require gradients make the backward pass go down to them, whatever lives: users
+        ask for it with ``enable_input_require_grads``, and PEFT does where gradient checkpointing is on.
+        With checkpointing the last arms take that back.
         """
         base = base_model(case, self.device)
         names = [
@@ -107,7 +107,7 @@ class Costs:
             if checkpointing:
                 _checkpoint(model)
             made = lora_model(case, model, case.target_r, target_modules=targets)
-            if requires != "as PEFT leaves it":
+            if requires == "inputs require grad":
                 model.enable_input_require_grads()
             if requires == "taken back":
                 model.disable_input_require_grads()
@@ -119,7 +119,8 @@ class Costs:
 
         chosen = {"all modules": names, "a random half": half, "upper half of layers": upper}
         arms = {}
-        for requires in ("as PEFT leaves it", "inputs require grad", "taken back"):
+        other = "taken back" if checkpointing else "inputs require grad"
+        for requires in ("as PEFT leaves it", other):
             for which, targets in chosen.items():
                 if which == "a random half" and requires != "as PEFT leaves it":
                     continue

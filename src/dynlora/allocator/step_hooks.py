@@ -95,8 +95,8 @@ def refuse_capture() -> None:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "optimizer.step() is being captured in a CUDA graph, whose replays would go unseen by the "
-            "RankAllocator: nothing would be scored or pruned. Capture forward and backward pass only, call "
-            "optimizer.step() after each replay, and capture again after the freeze."
+            "RankAllocator: nothing would be scored or pruned. Capture forward and backward pass only, "
+            "call optimizer.step() after each replay, and capture again after the freeze."
         )
 
 
