@@ -17,7 +17,7 @@ from arms import FOREVER, LORA_INITIAL, adamw, step_arms
 from cases import LLAMA_1B, LLAMA_8B, LLAMA_70B, ROBERTA, Shape, StepCase
 from measuring import arguments, interleaved, seconds, write
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +26,7 @@ from dynlora import RankAllocator
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048, 4096)
 MODULES = (10, 100, 1000, 10_000)
+ON_THE_HOST = {"aten::detach", "aten::alias", "aten::_unsafe_view", "aten::promote_types"}
 MULTI_TENSOR = 60  # tensors that one launch of a foreach kernel serves, roughly
 
 Sizes = list[tuple[int, int]]  # (in, out) of every adapted module
@@ -75,10 +76,12 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; a foreach operation counts as often as it would launch."""
-        if not func.is_view and func._schema.name not in {"aten::detach", "aten::alias"}:
+        result = func(*args, **(kwargs or {}))
+        is_empty = isinstance(result, Tensor) and result.numel() == 0
+        if not func.is_view and not is_empty and func._schema.name not in ON_THE_HOST:
             is_many = func._schema.name.startswith("aten::_foreach")
             self.count += -(-len(args[0]) // MULTI_TENSOR) if is_many else 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def count_launches(sizes: Sizes, rank: int, preset: Preset) -> int:

@@ -227,23 +227,7 @@ def _blocks(modules: Sequence[LoraComponents]) -> Iterator[list[LoraComponents]]
 
 
 def _norms_of(modules: Sequence[LoraComponents], importance: str) -> list[Tensor]:
-    products = []
-    pairs = [pair for m in modules for pair in m.pairs]
-    grams_a = gram_matrices([a for a, _ in pairs])
-    grams_b = gram_matrices([b for _, b in pairs])
-    at = 0
-    for module in modules:
-        count = len(module.pairs)
-        shares = [
-            (a * b).sum(0)
-            for a, b in zip(grams_a[at : at + count], grams_b[at : at + count], strict=True)
-        ]
-        total = torch.stack(shares).sum(0)  # pairs act on other outputs: squares of norms add
-        at += count
-        gate = module.gate
-        gates = None if gate is None else full_tensor(gate).detach().to(total.dtype)
-        ones = torch.ones_like(total)
-        products.append(allocation.component_products(total, ones, gates))
+    products = _products_of(modules)
     found: list[Tensor] = [torch.zeros(0)] * len(modules)
     for rows in groups([(p.shape, p.dtype, p.device) for p in products]):
         stack = torch.stack([products[i] for i in rows])
@@ -255,6 +239,30 @@ def _norms_of(modules: Sequence[LoraComponents], importance: str) -> list[Tensor
         for i, row in zip(rows, scores.unbind(), strict=True):
             found[i] = row
     return found
+
+
+def _products_of(modules: Sequence[LoraComponents]) -> list[Tensor]:
+    """Inner products of each module's components, (rank, rank) each."""
+    pairs = [(i, pair) for i, m in enumerate(modules) for pair in m.pairs]
+    grams_a = gram_matrices([a for _, (a, _) in pairs])
+    grams_b = gram_matrices([b for _, (_, b) in pairs])
+    sums: list[Tensor | None] = [None] * len(modules)
+    for rows in groups([(g.shape, g.dtype, g.device) for g in grams_a]):
+        stacked_a = torch.stack([grams_a[row] for row in rows])
+        stacked_b = torch.stack([grams_b[row] for row in rows])
+        copies = allocation.component_products(stacked_a, stacked_b).sum(1)
+        for row, product in zip(rows, copies.unbind(), strict=True):
+            i = pairs[row][0]
+            held = sums[i]  # pairs act on other outputs: squares of norms add
+            sums[i] = product if held is None else held + product
+    return [_gated(m, p) for m, p in zip(modules, sums, strict=True) if p is not None]
+
+
+def _gated(module: LoraComponents, products: Tensor) -> Tensor:
+    if module.gate is None:
+        return products
+    gate = full_tensor(module.gate).detach().to(products.dtype)
+    return allocation.component_products(products, torch.ones_like(products), gate)
 
 
 @torch.no_grad()
