@@ -71,6 +71,7 @@ docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 peft-suite: .venv/dev.stamp
+	$(PIP) parameterized
 	$(BIN)/python scripts/peft_suite.py
 
 bench: .venv/dev.stamp

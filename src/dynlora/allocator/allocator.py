@@ -116,8 +116,9 @@ class RankAllocator:
         self._adapter.check()
         if not any(m.is_trainable for m in self.modules):
             raise ValueError(
-                f"adapter={self.adapter!r} is not trainable: its weights receive no gradient. Load it "
-                "with is_trainable=True, or activate it with model.set_adapter(...)."
+                f"adapter={self.adapter!r} is not trainable: nothing that scores its components requires "
+                f"gradients, such as {_probe_name(self.modules)}. Load it with is_trainable=True, activate "
+                "it with model.set_adapter(...), or unfreeze that parameter."
             )
         self.total_steps = known_total_steps(self.settings, total_steps)
         self.start, self.stop = allocation.pruning_window(
@@ -253,6 +254,8 @@ class RankAllocator:
             NotFiniteError: a gradient or a weight of the adapter is NaN or infinite.
         """
         self.check_has_stepped()
+        if callable(show_averages := getattr(self.optimizer, "eval", None)):
+            show_averages()  # a schedule-free optimizer trains other weights than those to keep
         self.check_finite()
         if self.cost > self.target_cost:
             why = (
@@ -440,7 +443,7 @@ class RankAllocator:
         self._copies.mask_like_(self.modules)
         self.is_frozen = True
         if self.settings.compact:
-            warn_of_outside_copies(self.modules, self.optimizer)
+            warn_of_outside_copies(self.modules, self._copies.models)
         ddp = self._finder.ddp
         can_shrink = self.settings.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
         if not can_shrink or any(m.is_sharded for m in self.modules):
@@ -465,6 +468,13 @@ class RankAllocator:
         held = {id(f.parameter) for m in self.present for f in m.factors}
         gone = [p for p in self._parameters if id(p) not in held]
         forget_parameters_(optimizer, gone)
+
+
+def _probe_name(modules: list[LoraComponents]) -> str:
+    module = next(m for m in modules if not m.is_dropped)
+    probe = module.probes[0]
+    parts = (module.path, probe.container, module.adapter, probe.attribute)
+    return ".".join(filter(None, parts))
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:

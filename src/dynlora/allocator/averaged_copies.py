@@ -23,6 +23,11 @@ class AveragedCopies:
         self.adapter = adapter
         self._copies: list[tuple[nn.Module, list[LoraComponents]]] = []
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The copies."""
+        return [copy for copy, _ in self._copies]
+
     def add(self, copy: nn.Module, original: Sequence[LoraComponents]) -> None:
         """Note down a copy.
 

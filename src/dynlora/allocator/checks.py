@@ -101,6 +101,10 @@ def check_target(
 def check_optimizer(optimizer: Any, modules: Sequence[LoraComponents]) -> None:
     """Refuse an optimizer that trains other parameters than the adapter's present ones.
 
+    Args:
+        optimizer: a torch or ZeRO optimizer.
+        modules: none of them dropped.
+
     Raises:
         ValueError: a trained parameter of the adapter is missing in it.
     """

@@ -5,6 +5,7 @@ optimizers stay right.
 """
 
 from collections.abc import Sequence, ValuesView
+from itertools import compress
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 
 from dynlora.allocator.optimizer_state import cut_states
 from dynlora.lora.components import LoraComponents
+
+_BESIDE_PARAMS = ("param_names", "names", "scaling_factors")
+"""Lists of a parameter group with one entry for each parameter: torch's names, and LoRA-FA's."""
 
 
 @torch.no_grad()
@@ -36,24 +40,36 @@ def compact_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> 
         (one, entry) for one in optimizers for m, keep in cuts for entry in _states(one, m, keep)
     ]
     gone = [parameter for module, keep in cuts for parameter in module.keep_(keep)]
-    for one, (parameter, state) in states:
-        one.state[parameter] = state
+    for one, (key, state) in states:
+        one.state[key] = state
     for one in optimizers:
         forget_parameters_(one, gone)
 
 
 def _states(
     optimizer: Optimizer, module: LoraComponents, keep: Tensor
-) -> list[tuple[nn.Parameter, dict[str, Any]]]:
-    """The optimizer's state of each of the module's parameters, for the components that stay."""
+) -> list[tuple[Any, dict[str, Any]]]:
+    """The optimizer's state of each of the module's parameters, by key, for what stays."""
     states = []
     for factor in module.factors if len(keep) else ():
         parameter = factor.parameter
-        if parameter in optimizer.state:
+        if (key := _state_key(optimizer, parameter)) in optimizer.state:
             places = factor.positions(keep.to(parameter.device))
-            state = cut_states(optimizer.state[parameter], parameter, places, factor.dim)
-            states.append((parameter, state))
+            state = cut_states(optimizer.state[key], parameter, places, factor.dim)
+            states.append((key, state))
     return states
+
+
+def _state_key(optimizer: Optimizer, parameter: nn.Parameter) -> Any:
+    """What the optimizer's state of a parameter is found by: the parameter, in LoRA-FA a name of the pair.
+
+    The pair's state has the shape of B; A is frozen there.
+    """
+    for group in optimizer.param_groups:
+        for held, name in zip(group["params"], group.get("names", ()), strict=False):
+            if held is parameter and parameter.requires_grad and "lora" in name:
+                return name[: name.find("lora")] + "lora"
+    return parameter
 
 
 def with_inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
@@ -74,8 +90,11 @@ def _holds(found: Sequence[Optimizer], optimizer: Optimizer) -> bool:
 def forget_parameters_(optimizer: Optimizer, gone: Sequence[nn.Parameter]) -> None:
     """Take parameters out of an optimizer, with their state."""
     left = {id(p) for p in gone}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in left]
     for parameter in gone:
+        optimizer.state.pop(_state_key(optimizer, parameter), None)
         parameter.grad = None
-        optimizer.state.pop(parameter, None)
+    for group in optimizer.param_groups:
+        stays = [id(p) not in left for p in group["params"]]
+        for name in ("params", *_BESIDE_PARAMS):
+            if name in group:
+                group[name] = list(compress(group[name], stays))

@@ -10,7 +10,7 @@ import pickle
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -98,7 +98,8 @@ def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """
     for name, value in fields.items():
         kinds = set(get_args(hints.get(name)) or (hints.get(name),))
-        if name not in hints or kinds <= {int, float, NoneType}:
+        is_nested = isinstance(value, dict) and any(is_dataclass(kind) for kind in kinds)
+        if name not in hints or is_nested or kinds <= {int, float, NoneType}:
             continue
         try:
             type_validator(name, value, hints[name])

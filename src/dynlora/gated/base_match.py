@@ -28,6 +28,7 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
         AdapterFileError: modules are absent, targeted without weights, of other widths, or too large, or
             an entry names a weight of the base model.
     """
+    stored = _under_present_names(model, stored)
     check_others(model, config, stored)
     if config.target_modules is None or config.target_modules == "all-linear":
         raise AdapterFileError(
@@ -57,6 +58,20 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
     for name in targetable_names(model):
         if _widths(present[name]) and _is_targeted(config, name):
             _check_rank(name, present[name], config, stored)
+
+
+def _under_present_names(model: nn.Module, stored: StoredAdapter) -> StoredAdapter:
+    """The stored adapter with the names that modules have now, where transformers has renamed them."""
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    shapes = {}
+    for name, shape in stored.shapes.items():
+        for pattern, replacement in mapping.items():
+            renamed, count = re.subn(pattern, replacement, name)
+            if count:
+                name = renamed
+                break
+        shapes[name] = shape
+    return StoredAdapter(shapes, stored.others)
 
 
 def check_others(model: nn.Module, config: Any, stored: StoredAdapter) -> None:

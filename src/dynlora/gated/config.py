@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args, get_type_hints
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from dynlora.allocation import PAPER, Budget, Importance, Settings
+from dynlora.allocation import PAPER, Settings
 from dynlora.allocation.settings import is_integer, is_number
 from dynlora.gated.adapter_file import CONFIG_NAME, check_fields, read_config, read_folder
 
+_AUTO_START = 16
 _EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
 
 Init = Literal["kaiming", "lora"]
@@ -70,8 +71,15 @@ def _extended_peft_type(name: str) -> PeftType:
 DYNLORA = _extended_peft_type("DYNLORA")
 
 
+_SettingsFields: Any = dataclasses.make_dataclass(
+    "_SettingsFields",
+    [(f.name, f.type, field(default=None)) for f in dataclasses.fields(Settings)],
+)
+"""The knobs of a run as optional fields, so that they are declared in Settings alone."""
+
+
 @dataclass
-class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
+class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft is untyped
     """The paper's parametrisation: a gate in front of every rank-one component, ΔW = s · Σᵢ cᵢ bᵢ aᵢᵀ.
 
     A module starts with ``init_r`` components; training prunes the least important ones of the whole
@@ -83,15 +91,15 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     DynLoraCallback or RankAllocator instead.
 
     Args:
-        init_r: components per adapted module at the start; ceil(1.5 · target_r) if not given.
+        init_r: components per adapted module at the start; ceil(1.5 · target_r) if not given, 16 with
+            ``target_r="auto"``.
         init: ``lora``, the default, starts as LoRA does, A by its Kaiming and B = 0, with gates of 1, and
             trains at LoRA's learning rates. ``kaiming`` is the official code's (a = 0 for A and B: B's
             elements have the variance 2 / init_r, hundreds of times A's), with gates of 0.
         init_std: a number draws A and B from N(0, init_std²), with gates of 0; None leaves it to ``init``.
         preset: ``paper`` for the paper's values of the fields that are not given, ``init``,
             ``lora_alpha`` and ``lora_dropout`` included.
-        target_r, min_r, prune_start, prune_end, prune_interval, ema_beta, importance, budget, revival,
-            dem_weight, compact, total_steps: the fields of ``dynlora.allocation.Settings``.
+        settings: all fields of ``dynlora.allocation.Settings``; target_r is 8 if not given.
 
     Raises:
         ValueError: a rule is broken, ``r`` differs from ``init_r``, or a LoRA variant is asked for that
@@ -109,18 +117,6 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
     init: Init = None  # type: ignore[assignment]  # likewise
     init_std: float | None = None
     preset: Literal["paper"] | None = None
-    target_r: float = None  # type: ignore[assignment]  # from here on the fields of Settings
-    min_r: int = None  # type: ignore[assignment]
-    prune_start: float = None  # type: ignore[assignment]
-    prune_end: float = None  # type: ignore[assignment]
-    prune_interval: int = None  # type: ignore[assignment]
-    ema_beta: float = None  # type: ignore[assignment]
-    importance: Importance = None  # type: ignore[assignment]
-    budget: Budget = None  # type: ignore[assignment]
-    revival: bool = None  # type: ignore[assignment]
-    dem_weight: float = None  # type: ignore[assignment]
-    compact: bool = None  # type: ignore[assignment]
-    total_steps: int | None = None
 
     def __post_init__(self) -> None:
         """Fill in what is not given, check every rule, then let LoraConfig check its own."""
@@ -160,7 +156,9 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         stored = None
         if (folder / CONFIG_NAME).is_file():
-            check_fields(read_config(folder), get_type_hints(cls))
+            checked_later = {f.name for f in dataclasses.fields(Settings)}
+            hints = {k: v for k, v in get_type_hints(cls).items() if k not in checked_later}
+            check_fields(read_config(folder), hints)
             stored = read_folder(folder)
         config: DynLoraConfig = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
@@ -191,7 +189,8 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
 
     def _check_ranks(self) -> None:
         if self.init_r is None:
-            self.init_r = math.ceil(_EXPANSION * self.target_r)
+            is_auto = self.target_r == "auto"
+            self.init_r = _AUTO_START if is_auto else math.ceil(_EXPANSION * self.target_r)
         if not is_integer(self.init_r) or self.init_r < 1:
             raise ValueError(
                 f"init_r={self.init_r!r} must be an integer of at least 1; leave it out for "
@@ -219,7 +218,7 @@ class DynLoraConfig(LoraConfig):  # type: ignore[misc]  # peft is untyped
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
 
         highest = max([self.init_r, *(self.rank_pattern or {}).values()])
-        if self.target_r > highest:
+        if self.target_r != "auto" and self.target_r > highest:
             raise ValueError(
                 f"target_r={self.target_r} must not exceed init_r={self.init_r}: pruning only removes "
                 "components. Lower target_r, raise init_r, or leave init_r out."

@@ -1,5 +1,6 @@
 """DynLoraModel: PEFT's LoraModel with gates, registered as the PEFT method DYNLORA."""
 
+import re
 from typing import Any, NoReturn
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -126,7 +127,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
 def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
     """PEFT's LoRA turns such names into ``target_parameters``; for other methods it leaves them out."""
     named = config.target_modules
-    if not named or isinstance(named, str):
+    if not named:
         return
     modules = dict(model.named_modules())
     fused = [
@@ -136,13 +137,29 @@ def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3
     ]
-    missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
-    if fused and missing:
+    if not fused:
+        return
+    if isinstance(named, str):
+        missing = [named] if named == "all-linear" or _names_experts(named, fused) else []
+    else:
+        missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
+    if missing:
         raise ValueError(
             f"target_modules={missing} match no module of {type(model).__name__}, whose experts are "
-            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Leave "
-            "these names out; attention and shared experts can be adapted."
+            f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Train "
+            "a LoraConfig with DynLoraCallback(target_r=...), which adapts experts too, or list the names "
+            "of other modules, such as those of attention."
         )
+
+
+def _names_experts(pattern: str, fused: list[str]) -> bool:
+    """Whether a regular expression means experts, by their present names or by those before fusing."""
+    modules = {name.rpartition(".")[0] for name in fused}
+    parts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+    former = [
+        f"{module}.{place}{part}" for module in modules for part in parts for place in ("", "0.")
+    ]
+    return any(re.fullmatch(pattern, name) for name in [*fused, *former])
 
 
 def register() -> None:

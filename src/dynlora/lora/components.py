@@ -151,14 +151,17 @@ class LoraComponents:
 
     @property
     def probes(self) -> list[Factor]:
-        """The tensors whose product with their gradient is the sensitivity: B of each pair."""
-        return [b for _, b in self.pairs]
+        """The tensors whose product with their gradient is the sensitivity: B of each pair.
+
+        A's product is the same number, and is taken where only A is trained, as MiCA does.
+        """
+        return [_trained(a, b) for a, b in self.pairs]
 
     @property
     def switches(self) -> list[Factor]:
         """The tensors that are 0 where a component is pruned: those that LoRA starts at 0."""
         is_embedding = isinstance(self.layer, lora.Embedding)
-        return [a if is_embedding else b for a, b in self.pairs]
+        return [a if is_embedding else _trained(a, b) for a, b in self.pairs]
 
     @property
     def gate(self) -> Tensor | None:
@@ -296,6 +299,10 @@ def note_layer_rank_(layer: Any, adapter: str, rank: int) -> None:
         for size in sizes:
             if hasattr(part, size):
                 setattr(part, size, stored)
+
+
+def _trained(a: Factor, b: Factor) -> Factor:
+    return a if a.parameter.requires_grad and not b.parameter.requires_grad else b
 
 
 def _pair(layer: Any, adapter: str) -> tuple[Factor, Factor]:

@@ -1,0 +1,179 @@
+"""TRL's trainers with the user's own LoraConfig and one callback."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.trainer.callbacks import SyncRefModelCallback
+
+from lora_runs import (
+    ENDS,
+    adapted,
+    callback,
+    config,
+    finished,
+    ranks_of,
+    save_language_model,
+    train,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROWS = 16
+FINAL = sorted(r for r in ENDS if r)
+TEXT = {"text": "a good film"}
+PAIR = {"prompt": "a film", "chosen": " good", "rejected": " bad"}
+LABELLED = {"prompt": "a film", "completion": " good", "label": True}
+PROMPT = {"prompt": "a film"}
+
+
+def lengths(completions, **_columns):
+    """A reward that differs between the completions of one prompt."""
+    return [float(len(set(text))) for text in completions]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of TRL's trainers, with rows that it learns from."""
+
+    trainer: Any
+    arguments: Any
+    rows: list[dict[str, Any]]
+    fields: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    task: str = "CAUSAL_LM"
+
+
+GENERATED = {"max_completion_length": 4, "num_generations": 2, "temperature": 1.0}
+REWARD = {"reward_funcs": lengths}
+KINDS = {
+    "sft": Kind(trl.SFTTrainer, trl.SFTConfig, [TEXT]),
+    "dpo": Kind(trl.DPOTrainer, trl.DPOConfig, [PAIR]),
+    "kto": Kind(
+        trl.KTOTrainer,
+        trl.KTOConfig,
+        [LABELLED, LABELLED | {"completion": " bad", "label": False}],
+    ),
+    "reward": Kind(
+        trl.RewardTrainer,
+        trl.RewardConfig,
+        [PAIR],
+        load=functools.partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1),
+        task="SEQ_CLS",
+    ),
+    "rloo": Kind(trl.RLOOTrainer, trl.RLOOConfig, [PROMPT], GENERATED, REWARD),
+    "grpo": Kind(trl.GRPOTrainer, trl.GRPOConfig, [PROMPT], GENERATED | {"beta": 0.1}, REWARD),
+}
+
+
+def trl_trainer(kind, folder, *, callbacks, model=None, peft_config=None, **fields):
+    where = save_language_model(folder / "model")
+    rows = Dataset.from_list([kind.rows[i % len(kind.rows)] for i in range(ROWS)])
+    arguments = kind.arguments(
+        str(folder / "out"),
+        **{
+            "max_steps": 10,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+        }
+        | kind.fields
+        | fields,
+    )
+    return kind.trainer(
+        kind.load(where) if model is None else model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(where),
+        callbacks=callbacks,
+        peft_config=peft_config,
+        **kind.extra,
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_trainer_ends_with_a_plain_lora_of_the_budget(name, tmp_path):
+    kind, mine = KINDS[name], callback()
+    run = trl_trainer(kind, tmp_path, callbacks=[mine], peft_config=config(task_type=kind.task))
+    run.train()
+    run.save_model()
+    assert mine.allocator.step == 10
+    assert sorted(mine.ranks.values()) == sorted(ENDS)
+    saved = PeftConfig.from_pretrained(tmp_path / "out")
+    assert type(saved) is LoraConfig
+    loaded = PeftModel.from_pretrained(kind.load(tmp_path / "model"), tmp_path / "out")
+    assert sorted(ranks_of(loaded).values()) == FINAL
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_until_the_first_cut_the_run_is_the_one_without_the_callback(name, tmp_path):
+    kind = KINDS[name]
+    found = {}
+    for key, callbacks in {"with": [callback()], "without": []}.items():
+        run = trl_trainer(
+            kind,
+            tmp_path / key,
+            callbacks=callbacks,
+            peft_config=config(task_type=kind.task),
+        )
+        run.train()
+        found[key] = [e["loss"] for e in run.state.log_history if "loss" in e][:3]
+    assert found["with"] == found["without"]
+    assert len(found["with"]) == 3
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_a_copied_reference_adapter_keeps_its_shapes_while_the_trained_one_shrinks(name, tmp_path):
+    """TRL keeps a frozen copy of an adapter that it trains on, under the name ref."""
+    model, mine = finished(), callback(score=None, target_r=1.0)
+    before = ranks_of(model)
+    run = trl_trainer(KINDS[name], tmp_path, callbacks=[mine], model=model)
+    run.train()
+    run.save_model()
+    assert ranks_of(run.model, "ref") == before
+    assert sum(ranks_of(run.model).values()) == len(before) < sum(before.values())
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out"
+    )
+    assert ranks_of(loaded) == ranks_of(run.model)
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "rloo"])
+def test_trl_itself_refuses_to_synchronise_a_reference_with_an_adapter(name, tmp_path):
+    with pytest.raises((ValueError, NotImplementedError), match="sync_ref_model"):
+        trl_trainer(
+            KINDS[name],
+            tmp_path,
+            callbacks=[callback()],
+            peft_config=config(),
+            sync_ref_model=True,
+        )
+
+
+def test_averaging_parameter_by_parameter_into_a_reference_needs_compact_off():
+    """What a synchronisation by parameter order would do, as in TRL's SyncRefModelCallback."""
+    model, reference = adapted(), adapted()
+
+    def sync(allocator):
+        SyncRefModelCallback._sync_target_model(model, reference, 0.5)
+        seen.append(allocator.step)
+
+    seen = []
+    with pytest.raises((ValueError, RuntimeError), match=r"argument 2|must match|size"):
+        train(model, each=sync)
+    assert seen == [1, 2, 3, 4]
+    model, reference = adapted(), adapted()
+    train(model, each=sync, compact=False)
+    assert torch.isfinite(next(p for p in reference.parameters() if p.requires_grad)).all()
