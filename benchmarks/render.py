@@ -7,14 +7,10 @@ import json
 from typing import Any
 
 from measuring import HERE, RESULTS
+from render_gpu import gpu_tables
+from tables import table
 
 MEGA = 1e6
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _time(seconds: float) -> str:
@@ -170,16 +166,21 @@ def rendered(text: str) -> str:
         block = f"{TABLES[question](record['result'])}\n\n{source(record)}"
         if question == "allocator_cost":
             block += f"\n\n![Allocator time](results/growth.{device}.svg)"
-        start, end = f"<!-- {question}.{device} -->", f"<!-- end {question}.{device} -->"
-        before, _, rest = text.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(
-                f"README.md has no lines {start!r} and {end!r}: add them where the table of {path.name} "
-                "is to stand."
-            )
-        text = f"{before}{start}\n{block}\n{end}{after}"
+        text = _replaced(text, f"{question}.{device}", block)
+    if any((RESULTS / "gpu").glob("*.json")):
+        text = _replaced(text, "gpu", gpu_tables(RESULTS / "gpu"))
     return text
+
+
+def _replaced(text: str, name: str, block: str) -> str:
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(
+            f"README.md has no lines {start!r} and {end!r}: add them where the table of {name} is to stand."
+        )
+    return f"{before}{start}\n{block}\n{end}{after}"
 
 
 def main() -> None:
