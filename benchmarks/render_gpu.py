@@ -7,7 +7,7 @@ from typing import Any
 from tables import table
 
 TIMED = {"steps": "Steps", "gain": "Modules of rank 0", "compiled": "Compiled steps"}
-NOT_SHOWN = {"losses", "seconds", "options", "found", "put_into"}
+NOT_SHOWN = {"losses", "ranks", "seconds", "options", "found", "put_into"}
 
 
 def gpu_tables(folder: Path) -> str:
