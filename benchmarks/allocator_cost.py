@@ -2,9 +2,10 @@
 
     python benchmarks/allocator_cost.py [--device cuda]
 
-One allocator step is what happens around one optimizer step before the freeze: the gradient of DEM,
-scores, moving averages and the schedule. Layers are real tensors of the real shapes; larger models are
-extrapolated from one and two layers by the model time = fixed + layers x slope.
+One allocator step is what happens around one optimizer step before the first cut: a look for NaN, scores,
+moving averages and the schedule, and with the paper's settings the gradient of DEM. Layers are real
+tensors of the real shapes; larger models are extrapolated from one and two layers by the model time =
+fixed + layers x slope.
 """
 
 import itertools
@@ -12,19 +13,20 @@ import statistics
 from typing import Any, Literal
 
 import torch
-from arms import FOREVER, PLAIN_BEFORE, adamw, open_gates_, step_arms
+from arms import FOREVER, LORA_INITIAL, adamw, step_arms
 from cases import LLAMA_1B, LLAMA_8B, LLAMA_70B, ROBERTA, Shape, StepCase
 from measuring import arguments, interleaved, seconds, write
-from peft import get_peft_model
-from torch import nn
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynlora import DynLoraConfig, RankAllocator
+from dynlora import RankAllocator
 
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048, 4096)
 MODULES = (10, 100, 1000, 10_000)
+ON_THE_HOST = {"aten::detach", "aten::alias", "aten::_unsafe_view", "aten::promote_types"}
 MULTI_TENSOR = 60  # tensors that one launch of a foreach kernel serves, roughly
 
 Sizes = list[tuple[int, int]]  # (in, out) of every adapted module
@@ -45,13 +47,14 @@ def layer_sizes(shape: Shape) -> Sizes:
     ]
 
 
-def allocator_of(sizes: Sizes, rank: int, device: str, preset: Preset = "paper") -> RankAllocator:
-    """An allocator over modules of these sizes, all with gradients; the paper's settings cost most."""
+def allocator_of(sizes: Sizes, rank: int, device: str, preset: Preset = None) -> RankAllocator:
+    """An allocator over modules of these sizes, all with gradients."""
     bases = [nn.utils.skip_init(nn.Linear, i, o, bias=False, device=device) for i, o in sizes]
     names = [str(i) for i in range(len(sizes))]
-    config = DynLoraConfig(init_r=rank, target_r=rank / 2, target_modules=names, preset=preset)
-    model = open_gates_(get_peft_model(nn.Sequential(*bases), config))
-    allocator = RankAllocator(model, adamw(model), total_steps=FOREVER)
+    model = get_peft_model(nn.Sequential(*bases), LoraConfig(r=rank, target_modules=names))
+    allocator = RankAllocator(
+        model, adamw(model), target_r=rank / 2, total_steps=FOREVER, preset=preset
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -73,10 +76,12 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; a foreach operation counts as often as it would launch."""
-        if not func.is_view and func._schema.name not in {"aten::detach", "aten::alias"}:
+        result = func(*args, **(kwargs or {}))
+        is_empty = isinstance(result, Tensor) and result.numel() == 0
+        if not func.is_view and not is_empty and func._schema.name not in ON_THE_HOST:
             is_many = func._schema.name.startswith("aten::_foreach")
             self.count += -(-len(args[0]) // MULTI_TENSOR) if is_many else 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def count_launches(sizes: Sizes, rank: int, preset: Preset) -> int:
@@ -109,7 +114,7 @@ def peak_temporary_bytes(allocator: RankAllocator, device: str) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def describe(sizes: Sizes, rank: int, options: Any, preset: Preset = "paper") -> dict[str, Any]:
+def describe(sizes: Sizes, rank: int, options: Any, preset: Preset = None) -> dict[str, Any]:
     """Time, operations and temporaries of one allocator step."""
     allocator = allocator_of(sizes, rank, options.device, preset)
     allocator_step(allocator)
@@ -132,7 +137,7 @@ def share_of_a_step(case: StepCase, options: Any, preset: Preset) -> dict[str, A
     sizes = layer_sizes(case.shape) * case.layers
     allocator = allocator_of(sizes, case.init_r, options.device, preset)
     times = interleaved(
-        {"step": arms[PLAIN_BEFORE], "allocator": lambda: allocator_step(allocator)},
+        {"step": arms[LORA_INITIAL], "allocator": lambda: allocator_step(allocator)},
         rounds=options.rounds,
         device=options.device,
     )

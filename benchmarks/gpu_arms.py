@@ -10,22 +10,25 @@ from typing import Any
 
 import torch
 import transformers as hf
-from arms import FOREVER, open_gates_
-from cases import LLAMA_1B, LLAMA_8B, ROBERTA, Shape, StepCase
+from arms import (
+    AFTER,
+    AFTER_FUSED,
+    BEFORE,
+    BEFORE_FUSED,
+    FLOOR,
+    LORA_INITIAL,
+    LORA_TARGET,
+    WINDOW,
+    adamw,
+    allocator_of,
+    freeze_ragged_,
+    prune_in_the_middle_,
+)
+from cases import LLAMA_1B, LLAMA_8B, Shape, StepCase
 from peft import LoraConfig, get_peft_model
-from stock_fused import fuse_
 from torch import Tensor, nn
 
-from dynlora import DynLoraConfig, RankAllocator, finalize_
-
-FLOOR = "floor: no adapter"
-LORA = "LoRA, target rank"
-LORA_INITIAL = "LoRA, initial rank"
-LORA_FUSED = "LoRA fused, target rank"
-LORA_INITIAL_FUSED = "LoRA fused, initial rank"
-BEFORE = "dynlora, PEFT's path"
-BEFORE_FUSED = "dynlora, fused"
-AFTER = "dynlora, fused, after freeze"
+from dynlora.fused import fuse_
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,13 @@ def gpu_case(
     rank: int,
     *,
     batch: int = 8,
+    length: int = 512,
     dropout: float = 0.0,
     autocast: bool = False,
 ) -> GpuCase:
-    """A case of ``batch`` sequences of 512 tokens that starts at 1.5 times its target rank."""
+    """A case that starts at 1.5 times its target rank."""
     return GpuCase(
-        shape, layers, batch, 512, dropout, rank, rank * 3 // 2, torch.bfloat16, autocast
+        shape, layers, batch, length, dropout, rank, rank * 3 // 2, torch.bfloat16, autocast
     )
 
 
@@ -65,9 +69,7 @@ def tiny(case: GpuCase) -> GpuCase:
     if case.shape in (LLAMA_1B, LLAMA_8B):
         small |= {"num_key_value_heads": 2, "head_dim": 16}
     shape = replace(case.shape, fields=case.shape.fields | small)
-    return replace(
-        case, shape=shape, layers=min(2, case.layers), batch=case.batch // 4 + 1, length=16
-    )
+    return replace(case, shape=shape, layers=min(2, case.layers), batch=2, length=case.length // 32)
 
 
 def base_model(case: GpuCase, device: str) -> nn.Module:
@@ -138,13 +140,6 @@ def direction(x: Tensor) -> Tensor:
 Arm = Callable[[GpuCase, nn.Module], Training]
 
 
-def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """AdamW of what is trained, by default at a rate that keeps weights where they are."""
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], **({"lr": 1e-6} | options)
-    )
-
-
 def lora_model(case: GpuCase, base: nn.Module, rank: int, **choice: Any) -> nn.Module:
     """PEFT's LoRA; ``choice`` may name other modules."""
     choice = {"target_modules": case.shape.targets} | choice
@@ -153,68 +148,52 @@ def lora_model(case: GpuCase, base: nn.Module, rank: int, **choice: Any) -> nn.M
     return model
 
 
-def _lora(rank: Callable[[GpuCase], int], *, fused: bool) -> Arm:
-    def arm(case: GpuCase, base: nn.Module) -> Training:
-        model = lora_model(case, base, rank(case))
-        if fused and not fuse_(model):
-            raise ValueError(f"{case.shape.name} has no layer that the fused function serves")
-        return Training(model, case, adamw(model))
-
-    return arm
+def lora(
+    case: GpuCase, base: nn.Module, rank: int, *, is_fused: bool = False, **optimizer: Any
+) -> Training:
+    """Plain LoRA of a rank."""
+    model = lora_model(case, base, rank)
+    if is_fused and not fuse_(model):
+        raise ValueError(f"{case.shape.name} has no layer that the fused function serves")
+    return Training(model, case, adamw(model, **optimizer))
 
 
 def allocated(
-    case: GpuCase, base: nn.Module, *, fused: bool, optimizer: dict[str, Any] | None = None,
-    is_attached: bool = True, **config: Any,
+    case: GpuCase, base: nn.Module, *, is_fused: bool = False, optimizer: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Training:  # fmt: skip
-    """A model whose ranks are allocated, at its start; without the allocator if not ``is_attached``.
-
-    The layers refuse to be trained without an allocator unless nothing is to be pruned: for a comparison
-    both models need ``target_r=init_r``.
-    """
-    fields = {
-        "init_r": case.init_r,
-        "target_r": case.target_r,
-        "lora_dropout": case.dropout,
-    } | config
-    made = DynLoraConfig(target_modules=case.shape.targets, fused=fused, **fields)
-    model = get_peft_model(base, made, autocast_adapter_dtype=case.autocast)  # type: ignore[arg-type]
-    stepped = adamw(open_gates_(model), **(optimizer or {}))
-    allocator = RankAllocator(model, stepped, total_steps=FOREVER) if is_attached else None
-    return Training(model, case, stepped, allocator)
-
-
-def frozen(case: GpuCase, base: nn.Module) -> Training:
-    """The same with its final ranks, which differ between modules."""
-    training = allocated(case, base, fused=True)
-    training.step()
-    training.allocator.freeze_()
+    """The LoRA of the initial rank with an allocator attached."""
+    training = lora(case, base, case.init_r, is_fused=is_fused, **(optimizer or {}))
+    training.allocator = allocator_of(training.model, training.optimizer, case, **settings)
     return training
 
 
-def finalized(training: Training) -> nn.Module:
-    """A plain LoRA made of the model, whatever the allocator has seen."""
-    if training.allocator is not None:
-        training.allocator.detach()
-    finalize_(training.model, "default")
-    return training.model
+def in_the_window(case: GpuCase, base: nn.Module) -> Training:
+    """The same after a pruning, with pruned components held at 0."""
+    training = allocated(case, base)
+    prune_in_the_middle_(training.allocator, training.step)
+    return training
+
+
+def frozen(case: GpuCase, base: nn.Module, *, is_fused: bool) -> Training:
+    """The same with its final ranks, which differ between modules; some are 0."""
+    training = allocated(case, base, is_fused=is_fused)
+    freeze_ragged_(training.allocator, training.step)
+    return training
 
 
 ARMS: dict[str, Arm] = {
     FLOOR: lambda case, base: Training(base, case),
-    LORA: _lora(lambda case: case.target_r, fused=False),
-    LORA_INITIAL: _lora(lambda case: case.init_r, fused=False),
-    LORA_FUSED: _lora(lambda case: case.target_r, fused=True),
-    LORA_INITIAL_FUSED: _lora(lambda case: case.init_r, fused=True),
-    BEFORE: lambda case, base: allocated(case, base, fused=False),
-    BEFORE_FUSED: lambda case, base: allocated(case, base, fused=True),
-    AFTER: frozen,
+    LORA_TARGET: lambda case, base: lora(case, base, case.target_r),
+    LORA_INITIAL: lambda case, base: lora(case, base, case.init_r),
+    BEFORE: allocated,
+    BEFORE_FUSED: lambda case, base: allocated(case, base, is_fused=True),
+    WINDOW: in_the_window,
+    AFTER: lambda case, base: frozen(case, base, is_fused=False),
+    AFTER_FUSED: lambda case, base: frozen(case, base, is_fused=True),
 }
 
 
 def fresh(base: nn.Module) -> nn.Module:
     """A copy of the base for one arm."""
     return copy.deepcopy(base)
-
-
-SHAPES = {"1b": (LLAMA_1B, 8), "8b": (LLAMA_8B, 3), "roberta": (ROBERTA, 12)}

@@ -2,32 +2,40 @@
 
 import random
 import re
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_arms import (
+from arms import (
     AFTER,
-    ARMS,
+    AFTER_FUSED,
+    BEFORE,
     BEFORE_FUSED,
     FLOOR,
-    LORA,
-    LORA_FUSED,
-    GpuCase,
-    Training,
+    LORA_INITIAL,
+    LORA_TARGET,
+    PEERS,
+    WINDOW,
     adamw,
-    allocated,
-    base_model,
-    fresh,
-    lora_model,
+    freeze_,
 )
+from gpu_arms import ARMS, GpuCase, Training, allocated, base_model, fresh, lora, lora_model
 from gpu_timing import Clock, allocated_bytes, compared, memory_of, milliseconds, synchronize
 from torch import nn
 
+_CUDA = torch.autograd.DeviceType.CUDA
 Attempt = Callable[[Callable[[], Any]], dict[str, Any]]
-COMPILED = (LORA, LORA_FUSED, BEFORE_FUSED, AFTER, FLOOR)  # the floor can be had elsewhere
+COMPILED = (
+    LORA_TARGET,
+    LORA_INITIAL,
+    BEFORE,
+    BEFORE_FUSED,
+    AFTER_FUSED,
+    FLOOR,
+)  # the floor can be had elsewhere
 
 
 class Costs:
@@ -77,7 +85,12 @@ class Costs:
             return self._compare({name: lambda n=name: make(n) for name in COMPILED})
 
     def rank_0(self, case: GpuCase, *, checkpointing: bool) -> dict[str, Any]:
-        """LoRA without some of its modules, from token ids, with and without gradients of embeddings."""
+        """LoRA without some of its modules, from token ids.
+
+        Embeddings that require gradients make the backward pass go down to them, whatever lives: users
+        ask for it with ``enable_input_require_grads``, and PEFT does where gradient checkpointing is on.
+        With checkpointing the last arms take that back.
+        """
         base = base_model(case, self.device)
         names = [
             name
@@ -86,30 +99,40 @@ class Costs:
         ]
         half = sorted(random.Random(0).sample(names, len(names) // 2))  # noqa: S311
         upper = [n for n in names if _layer(n) >= case.layers // 2]
-        chosen = {"all modules": names, "a random half": half, "upper half of layers": upper}
         ids = torch.randint(0, 1000, (case.batch, case.length), device=self.device)
+        without: dict[str, int] = {}
 
-        def make(targets: list[str], *, requires: bool) -> Training:
-            model = fresh(base)
+        def make(name: str, targets: list[str], requires: str) -> Training:
+            model: Any = fresh(base)
             if checkpointing:
                 _checkpoint(model)
-            if requires:
-                model.enable_input_require_grads()
             made = lora_model(case, model, case.target_r, target_modules=targets)
-            return Training(made, case, adamw(made), ids=ids)
+            if requires == "inputs require grad":
+                model.enable_input_require_grads()
+            if requires == "taken back":
+                model.disable_input_require_grads()
+            training = Training(made, case, adamw(made), ids=ids)
+            training.gradients()
+            trained = [p for p in made.parameters() if p.requires_grad]
+            without[name] = sum(p.grad is None for p in trained)
+            return training
 
-        arms = {
-            f"{name}{', inputs require grad' if requires else ''}": lambda t=targets, r=requires: (
-                make(t, requires=r)
-            )
-            for requires in (False, True)
-            for name, targets in chosen.items()
-        }
-        return self._compare(arms, "all modules")
+        chosen = {"all modules": names, "a random half": half, "upper half of layers": upper}
+        arms = {}
+        other = "taken back" if checkpointing else "inputs require grad"
+        for requires in ("as PEFT leaves it", other):
+            for which, targets in chosen.items():
+                if which == "a random half" and requires != "as PEFT leaves it":
+                    continue
+                name = f"{which}, {requires}"
+                arms[name] = lambda n=name, t=targets, r=requires: make(n, t, r)
+        peers = dict.fromkeys(arms, "all modules, as PEFT leaves it")
+        return self._compare(arms, peers) | {"parameters_without_gradient": without}
 
     def _compare(
-        self, makers: dict[str, Callable[[], Training]], base: str = LORA
+        self, makers: dict[str, Callable[[], Training]], peers: dict[str, str] | None = None
     ) -> dict[str, Any]:
+        peers = {name: PEERS.get(name, LORA_TARGET) for name in makers} if peers is None else peers
         arms, memory, failed = {}, {}, {}
         for name, make in makers.items():
             before = allocated_bytes(self.device)
@@ -123,9 +146,9 @@ class Costs:
                 "resident_bytes": None if after is None or before is None else after - before,
                 "step_peak_bytes": peak,
             }
-        rows = compared(arms, base, self.device, self.clock, rounds=self.rounds, steps=self.steps)
+        rows = compared(arms, peers, self.device, self.clock, rounds=self.rounds, steps=self.steps)
         result = {name: row | memory[name] for name, row in rows.items()}
-        return {"arms": result, "base": base} | ({"failed": failed} if failed else {})
+        return {"arms": result} | ({"failed": failed} if failed else {})
 
     def _begun(self, make: Callable[[], Training]) -> tuple[Callable[[], Any], int | None]:
         training = make()
@@ -137,10 +160,10 @@ class Costs:
         """Kernels and host syncs of one step with and without the allocator, and its hooks' time."""
         base = base_model(case, self.device)
         kinds = {
-            "without": allocated(
-                case, fresh(base), fused=False, is_attached=False, target_r=case.init_r
-            ),
-            "with": allocated(case, fresh(base), fused=False, target_r=case.init_r),
+            "without": lora(case, fresh(base), case.init_r),
+            "with": allocated(case, fresh(base)),
+            "in the window": ARMS[WINDOW](case, fresh(base)),
+            "after the freeze": ARMS[AFTER](case, fresh(base)),
         }
         result: dict[str, Any] = {}
         for name, training in kinds.items():
@@ -151,14 +174,22 @@ class Costs:
                 "optimizer_step": self._kernels(self._optimizer_step(training)),
                 "host_syncs": self._host_syncs(training.step),
             }
-        arms = {name: training.step for name, training in kinds.items()}
-        result["step"] = compared(
-            arms, "without", self.device, self.clock, rounds=self.rounds, steps=self.steps
-        )
-        return result | {
-            "hooks": self._hooks(kinds["with"]),
-            "freeze_ms": self._freeze(kinds["with"]),
+        arms = {name: kinds[name].step for name in ("without", "with")}
+        step = compared(
+            arms, dict.fromkeys(arms, "without"), self.device, self.clock,
+            rounds=self.rounds, steps=self.steps,
+        )  # fmt: skip
+        hooks = {name: self._hooks(kinds[name]) for name in list(kinds)[1:]}
+        whole = step["without"]
+        share = {
+            name: {
+                "of_device_time": times["kernel_ms"] / whole["ms"],
+                "of_host_time": times["host_ms"] / whole["host_ms"],
+            }
+            for name, times in hooks.items()
         }
+        freeze_ms = self._freeze(kinds["with"])
+        return result | {"step": step, "hooks": hooks, "share": share, "freeze_ms": freeze_ms}
 
     def _optimizer_step(self, training: Training) -> Callable[[], Any]:
         training.gradients()
@@ -174,7 +205,7 @@ class Costs:
         if self.device != "cuda":
             return {"operators": sum(e.name.startswith("aten::") for e in events)}
         launches = Counter(e.name for e in events if "Launch" in e.name)
-        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [e for e in events if e.device_type == _CUDA]
         return {"launches": dict(launches), "on_device": len(kernels)}
 
     def _host_syncs(self, work: Callable[[], Any]) -> dict[str, Any] | None:
@@ -194,7 +225,7 @@ class Costs:
         return {"count": len(found), "where": dict(where)}
 
     def _hooks(self, training: Training) -> dict[str, float]:
-        """Milliseconds of the optimizer's hooks alone."""
+        """Milliseconds of the optimizer's hooks alone, and what of them the device computes."""
         optimizer = training.optimizer
         training.gradients()
         before = list(optimizer._optimizer_step_pre_hooks.values())
@@ -205,12 +236,21 @@ class Costs:
                 hook(optimizer, (optimizer,), {})
 
         hooks()
-        ms, host_ms = milliseconds(hooks, self.device, times=2 * self.rounds)
-        return {"ms": ms, "host_ms": host_ms}
+        ms, _ = milliseconds(hooks, self.device, times=2 * self.rounds)
+        host_ms = statistics.median(
+            milliseconds(hooks, self.device, times=1)[1] for _ in range(2 * self.rounds)
+        )
+        with torch.profiler.profile() as seen:
+            hooks()
+            synchronize(self.device)
+        kernels = [e for e in seen.events() or [] if e.device_type == _CUDA]
+        took = sum(e.time_range.elapsed_us() for e in kernels) / 1000
+        kernel_ms = took if self.device == "cuda" else ms
+        return {"ms": ms, "host_ms": host_ms, "kernel_ms": kernel_ms, "kernels": len(kernels)}
 
     def _freeze(self, training: Training) -> float:
         """Milliseconds of the freeze, which comes once in a run."""
-        return milliseconds(training.allocator.freeze_, self.device, times=1)[0]
+        return milliseconds(lambda: freeze_(training.allocator), self.device, times=1)[0]
 
 
 def _layer(name: str) -> int:

@@ -35,8 +35,9 @@ def milliseconds(work: Callable[[], Any], device: str, *, times: int) -> tuple[f
     """Time of one of ``times`` calls.
 
     Returns:
-        Milliseconds on the device between the first and the last, and milliseconds until the host had
-        asked for all of it. Where the second is about the first, the host is what limits.
+        Milliseconds on the device between the first and the last, and milliseconds that the host needs
+        to ask for one, with an idle device before it. Where both are about equal, the host is what
+        limits, or it waits for the device, whose queue holds about a thousand kernels.
     """
     synchronize(device)
     began = time.perf_counter()
@@ -47,17 +48,18 @@ def milliseconds(work: Callable[[], Any], device: str, *, times: int) -> tuple[f
         return took, took
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
-    for _ in range(times):
+    work()
+    host = (time.perf_counter() - began) * 1000
+    for _ in range(times - 1):
         work()
     last.record()
-    host = (time.perf_counter() - began) * 1000 / times
     last.synchronize()
     return first.elapsed_time(last) / times, host
 
 
 def compared(
     arms: dict[str, Callable[[], Any]],
-    base: str,
+    peers: dict[str, str],
     device: str,
     clock: Clock,
     *,
@@ -68,15 +70,15 @@ def compared(
 
     Args:
         arms: what each does.
-        base: the arm that the ratios divide by.
+        peers: by arm the one whose time its own is divided by.
         device: "cuda" or "cpu".
         clock: after three rounds, no round begins when its time is up.
         rounds: how many rounds, after one that does not count.
         steps: calls of each arm in a round.
 
     Returns:
-        By arm: ms and host_ms (medians), ratio (median), spread (smallest and largest ratio), rounds (all
-        ms).
+        By arm: ms and host_ms (medians), peer, ratio (median), host_ratio (median), spread (smallest and
+        largest ratio), rounds (all ms).
     """
     names = list(arms)
     for name in names:
@@ -88,20 +90,21 @@ def compared(
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             times[name].append(milliseconds(arms[name], device, times=steps))
-    return {name: _row(times[name], times.get(base)) for name in names}
+    return {name: _row(times, name, peers[name]) for name in names}
 
 
-def _row(
-    times: list[tuple[float, float]], base: list[tuple[float, float]] | None
-) -> dict[str, Any]:
+def _row(times: dict[str, list[tuple[float, float]]], name: str, peer: str) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "ms": round(statistics.median(t for t, _ in times), 4),
-        "host_ms": round(statistics.median(h for _, h in times), 4),
-        "rounds": [round(t, 4) for t, _ in times],
+        "ms": round(statistics.median(t for t, _ in times[name]), 4),
+        "host_ms": round(statistics.median(h for _, h in times[name]), 4),
+        "rounds": [round(t, 4) for t, _ in times[name]],
+        "peer": peer,
     }
-    if base is not None:
-        ratios = [t / b for (t, _), (b, _) in zip(times, base, strict=True)]
+    if peer in times:
+        pairs = list(zip(times[name], times[peer], strict=True))
+        ratios = [t / b for (t, _), (b, _) in pairs]
         row["ratio"] = round(statistics.median(ratios), 4)
+        row["host_ratio"] = round(statistics.median(h / b for (_, h), (_, b) in pairs), 4)
         row["spread"] = [round(min(ratios), 4), round(max(ratios), 4)]
     return row
 

@@ -7,14 +7,10 @@ import json
 from typing import Any
 
 from measuring import HERE, RESULTS
+from render_gpu import gpu_tables
+from tables import table
 
 MEGA = 1e6
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _time(seconds: float) -> str:
@@ -26,19 +22,20 @@ def _bytes(size: float) -> str:
 
 
 def step_cost(result: dict[str, Any]) -> str:
-    """Steps: time, and ratios to PEFT's LoRA and to the floor."""
+    """Steps: time, and ratios to PEFT's LoRA of the same rank and of the target rank, and to the floor."""
     parts = []
     for case in result["cases"]:
         rows = [
             (
                 arm,
                 _time(row["seconds"]),
-                "{:.2f} ({:.2f} to {:.2f})".format(row["to_lora"], *row["to_lora_spread"]),
+                "{:.2f} ({:.2f} to {:.2f})".format(row["to_peer"], *row["to_peer_spread"]),
+                f"{row['to_lora']:.2f}",
                 f"{row['to_floor']:.2f}",
             )
             for arm, row in case["arms"].items()
         ]
-        head = ("arm", "step", "÷ PEFT LoRA at target rank (range)", "÷ floor")
+        head = ("arm", "step", "÷ LoRA of its rank (range)", "÷ LoRA, target rank", "÷ floor")
         parts.append(f"**{case['case']}**\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
@@ -128,19 +125,6 @@ def whole_run(result: dict[str, Any]) -> str:
     return f"{result['case']}\n\n{table(head, rows)}"
 
 
-def shared_input(result: dict[str, Any]) -> str:
-    """Three modules of one input: time over that of the modules without adapters."""
-    names = list(dict.fromkeys(name for case in result["cases"] for name in case["arms"]))
-    rows = [
-        (
-            case["case"],
-            *(f"{case['arms'][n]['to_floor']:.2f}" if n in case["arms"] else "-" for n in names),
-        )
-        for case in result["cases"]
-    ]
-    return table(("÷ floor", *names), rows)
-
-
 def plot(result: dict[str, Any], name: str) -> None:
     """Allocator time against modules, rank and width, on logarithmic axes."""
     from matplotlib.figure import Figure  # only here: tables need no plotting
@@ -171,7 +155,6 @@ TABLES = {
     "step_cost": step_cost,
     "allocator_cost": allocator_cost,
     "whole_run": whole_run,
-    "shared_input": shared_input,
 }
 
 
@@ -183,16 +166,21 @@ def rendered(text: str) -> str:
         block = f"{TABLES[question](record['result'])}\n\n{source(record)}"
         if question == "allocator_cost":
             block += f"\n\n![Allocator time](results/growth.{device}.svg)"
-        start, end = f"<!-- {question}.{device} -->", f"<!-- end {question}.{device} -->"
-        before, _, rest = text.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(
-                f"README.md has no lines {start!r} and {end!r}: add them where the table of {path.name} "
-                "is to stand."
-            )
-        text = f"{before}{start}\n{block}\n{end}{after}"
+        text = _replaced(text, f"{question}.{device}", block)
+    if any((RESULTS / "gpu").glob("*.json")):
+        text = _replaced(text, "gpu", gpu_tables(RESULTS / "gpu"))
     return text
+
+
+def _replaced(text: str, name: str, block: str) -> str:
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(
+            f"README.md has no lines {start!r} and {end!r}: add them where the table of {name} is to stand."
+        )
+    return f"{before}{start}\n{block}\n{end}{after}"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ cheaper.
 
 import statistics
 
-from arms import FLOOR, LORA_TARGET, step_arms
+from arms import FLOOR, LORA_TARGET, PEERS, step_arms
 from cases import STEP_CASES
 from measuring import arguments, interleaved, ratio, spread, write
 
@@ -23,14 +23,16 @@ def main() -> None:
         rows = {
             arm: {
                 "seconds": statistics.median(times[arm]),
+                "peer": (peer := PEERS.get(arm, LORA_TARGET)),
+                "to_peer": ratio(times, arm, peer),
+                "to_peer_spread": spread(times, arm, peer),
                 "to_lora": ratio(times, arm, LORA_TARGET),
-                "to_lora_spread": spread(times, arm, LORA_TARGET),
                 "to_floor": ratio(times, arm, FLOOR),
             }
             for arm in arms
         }
         cases.append({"case": case.name, "arms": rows, "times": times})
-        print(case.name, {arm: round(row["to_lora"], 3) for arm, row in rows.items()})  # type: ignore[call-overload]
+        print(case.name, {arm: round(row["to_peer"], 3) for arm, row in rows.items()})  # type: ignore[call-overload]
     write("step_cost", options, {"cases": cases})
 
 

@@ -24,12 +24,14 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynlora import DynLoraConfig, RankAllocator
+from dynlora import RankAllocator
+from dynlora.fused import fuse_
 
 STEPS, BATCH, LENGTH, LAYERS = 20, 8, 64, 2
 TARGET_R, INIT_R = 8, 12
 LORA = "PEFT LoRA, target rank"
-ARMS = ("dynlora", LORA, "PEFT LoRA, initial rank", "PEFT AdaLoRA", "full fine-tuning")
+DYNLORA = ("dynlora", "dynlora fused")
+ARMS = (*DYNLORA, LORA, "PEFT LoRA, initial rank", "PEFT AdaLoRA", "full fine-tuning")
 ONLY = "--one-arm"
 
 
@@ -60,7 +62,7 @@ class Arm:
         shared = {"target_modules": ENCODER_TARGETS, "exclude_modules": ["classifier.dense"]}
         shared |= {"lora_alpha": 8, "task_type": "SEQ_CLS"}
         configs: dict[str, Callable[[], Any]] = {
-            "dynlora": lambda: DynLoraConfig(init_r=INIT_R, target_r=TARGET_R, **shared),
+            **dict.fromkeys(DYNLORA, lambda: LoraConfig(r=INIT_R, **shared)),
             LORA: lambda: LoraConfig(r=TARGET_R, **shared),
             "PEFT LoRA, initial rank": lambda: LoraConfig(r=INIT_R, **shared),
             "PEFT AdaLoRA": lambda: AdaLoraConfig(
@@ -70,12 +72,15 @@ class Arm:
         }  # fmt: skip
         self.name, self.device = name, device
         self.model: Any = get_peft_model(base, configs[name]()) if name in configs else base
+        if name == "dynlora fused":
+            fuse_(self.model)
         self.model.train()
-        self.optimizer = adamw(self.model)
-        self.optimizer.param_groups[0]["lr"] = 1e-4
+        self.optimizer = adamw(self.model, lr=1e-4)
         self.allocator = (
-            RankAllocator(self.model, self.optimizer, total_steps=STEPS)
-            if name == "dynlora"
+            RankAllocator(
+                self.model, self.optimizer, target_r=TARGET_R, total_steps=STEPS, prune_interval=1
+            )
+            if name in DYNLORA
             else None
         )
         self._done = 0
@@ -93,7 +98,8 @@ class Arm:
         """Bytes of what is trained, its gradients and the optimizer's state."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         states = [v for p in trained for v in self.optimizer.state.get(p, {}).values()]
-        extra = [t for n, t in self.model.named_buffers() if "lora_ema" in n or "lora_live" in n]
+        scored = [] if self.allocator is None else self.allocator.modules
+        extra = [t for module in scored for t in (module.ema, module.live)]
         tuner = getattr(self.model, "base_model", None)
         if self.name == "PEFT AdaLoRA":
             allocator = tuner.rankallocator

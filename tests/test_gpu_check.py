@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODULES = [p.stem for p in BENCHMARKS.glob("*.py")]
@@ -30,9 +27,26 @@ def check():
     return gpu_check
 
 
+@pytest.fixture
+def plan():
+    import gpu_plan
+
+    return gpu_plan
+
+
 def rehearsed(check, folder, only, *words):
-    check.main(["--rehearse", "--commit", "abc", "--only", only, "--out", str(folder), *words])
+    with pytest.raises(SystemExit) as ended:
+        check.main(["--rehearse", "--commit", "abc", "--only", only, "--out", str(folder), *words])
+    assert ended.value.code == 0
     return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*")}
+
+
+def planned(plan, name, run):
+    return plan.Planned("a", name, 0, run)
+
+
+def written(folder):
+    return json.loads((folder / "a.json").read_text(encoding="utf-8"))["cases"]
 
 
 def test_a_rehearsed_case_says_where_it_comes_from_and_times_every_arm(check, tmp_path):
@@ -45,7 +59,8 @@ def test_a_rehearsed_case_says_where_it_comes_from_and_times_every_arm(check, tm
     for case in found["steps"]["cases"].values():
         assert list(case["arms"]) == list(gpu_arms.ARMS)
         assert "failed" not in case
-        assert case["arms"][gpu_arms.LORA]["ratio"] == 1
+        assert case["arms"][gpu_arms.LORA_TARGET]["ratio"] == 1
+        assert case["arms"][gpu_arms.BEFORE]["peer"] == gpu_arms.LORA_INITIAL
 
 
 @pytest.mark.parametrize("only", ["gain", "allocator", "promises"])
@@ -55,6 +70,22 @@ def test_a_rehearsed_section_fails_in_no_case(check, tmp_path, only):
     assert [name for name, c in cases.items() if {"error", "failed", "left_out"} & c.keys()] == []
 
 
+def test_every_arm_with_an_allocator_is_what_its_name_says(plan):
+    import gpu_arms
+
+    case = plan.promises.EXACT
+    made = {n: arm(case, gpu_arms.base_model(case, "cpu")) for n, arm in gpu_arms.ARMS.items()}
+    allocators = {n: t.allocator for n, t in made.items() if t.allocator is not None}
+    assert [n for n, a in allocators.items() if a.is_frozen] == [
+        gpu_arms.AFTER,
+        gpu_arms.AFTER_FUSED,
+    ]
+    assert allocators[gpu_arms.BEFORE].cost == allocators[gpu_arms.BEFORE].total_cost
+    window = allocators[gpu_arms.WINDOW]
+    assert window.target_cost < window.cost < window.total_cost
+    assert 0 in allocators[gpu_arms.AFTER].ranks().values()
+
+
 def test_without_time_every_case_is_recorded_as_left_out(check, tmp_path):
     found = rehearsed(check, tmp_path, "", "--seconds", "0")
     cases = [c for section in found.values() for c in section["cases"].values()]
@@ -62,34 +93,69 @@ def test_without_time_every_case_is_recorded_as_left_out(check, tmp_path):
     assert all(c.keys() == {"left_out"} for c in cases)
 
 
-def test_a_case_that_raises_leaves_its_traceback_and_the_next_one_runs(check, tmp_path):
-    record = check.Record(tmp_path, {})
-    cases = [
-        check.Planned("a", "bad", 0, lambda: {"x": 1 // 0}),
-        check.Planned("a", "good", 0, lambda: {"x": 1}),
-    ]
-    check.check(cases, record, check.Clock(float("inf")), "cpu")
-    written = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["cases"]
-    assert "ZeroDivisionError" in written["bad"]["error"]
-    assert written["good"]["x"] == 1
+def test_a_case_that_raises_leaves_its_traceback_and_the_next_one_runs(plan, tmp_path):
+    cases = [planned(plan, "bad", lambda: {"x": 1 // 0}), planned(plan, "good", lambda: {"x": 1})]
+    assert plan.check(cases, plan.Record(tmp_path, {}), plan.Clock(float("inf")), "cpu")
+    assert "ZeroDivisionError" in written(tmp_path)["bad"]["error"]
+    assert written(tmp_path)["good"]["x"] == 1
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_the_fused_prototype_computes_what_stock_lora_computes(has_bias):
-    from stock_fused import fuse_
+def test_a_case_that_leaves_the_device_unusable_ends_the_worker_and_the_next_one_goes_on(
+    plan, tmp_path, monkeypatch
+):
+    def clean(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
 
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 5, bias=has_bias), nn.Tanh(), nn.Linear(5, 4, bias=has_bias))
-    model = get_peft_model(
-        base, LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
-    )
-    x = torch.randn(2, 7, 6, requires_grad=True)
-    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    cases = [planned(plan, name, lambda: {"x": 1}) for name in ("first", "second")]
+    clock = plan.Clock(float("inf"))
+    monkeypatch.setattr(plan, "_clean", clean)
+    assert not plan.check(cases, plan.Record(tmp_path, {}), clock, "cuda")
+    assert "device-side" in written(tmp_path)["first"]["device_unusable_afterwards"]
+    assert "second" not in written(tmp_path)
+    monkeypatch.undo()
+    assert plan.check(cases, plan.Record(tmp_path, {}), clock, "cpu")
+    assert written(tmp_path)["second"]["x"] == 1
 
-    def outcome():
-        y = model(x)
-        return y.detach(), torch.autograd.grad(y.square().sum(), trained)
 
-    stock = outcome()
-    assert fuse_(model) == 2
-    torch.testing.assert_close(outcome(), stock)
+def test_a_case_in_which_the_process_ends_is_recorded_and_not_run_again(plan, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def killed():
+        raise Killed
+
+    cases = [planned(plan, "kills", killed), planned(plan, "next", lambda: {"x": 1})]
+    clock = plan.Clock(float("inf"))
+    with pytest.raises(Killed):
+        plan.check(cases, plan.Record(tmp_path, {}), clock, "cpu")
+    assert plan.check(cases, plan.Record(tmp_path, {}), clock, "cpu")
+    assert "the process ended" in written(tmp_path)["kills"]["error"]
+    assert written(tmp_path)["next"]["x"] == 1
+
+
+def test_workers_follow_each_other_until_one_ends_well_or_adds_nothing(
+    check, tmp_path, monkeypatch
+):
+    class Ended:
+        def __init__(self, code):
+            self.returncode = code
+
+    codes = iter([3, 3, 0, 0])
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        (tmp_path / f"{len(calls)}.json").write_text("x")
+        return Ended(next(codes))
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    check.supervise(["--out", str(tmp_path)], tmp_path, check.time.monotonic() + 10)
+    assert len(calls) == 3
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: Ended(1))
+    check.supervise([], tmp_path, check.time.monotonic() + 10)  # ends
+
+
+def test_a_folder_that_holds_results_is_refused(check, tmp_path):
+    (tmp_path / "steps.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds results already"):
+        check.main(["--out", str(tmp_path)])

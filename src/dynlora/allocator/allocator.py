@@ -35,7 +35,13 @@ from dynlora.allocator.resume import (
     saved_scores,
 )
 from dynlora.allocator.scores import Score, scorer
-from dynlora.allocator.step_hooks import attach, loss_scale, once_computed, steppable
+from dynlora.allocator.step_hooks import (
+    attach,
+    loss_scale,
+    once_computed,
+    refuse_capture,
+    steppable,
+)
 from dynlora.errors import CannotShrinkError
 from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
@@ -332,6 +338,7 @@ class RankAllocator:
         """Read the gradients and add η·∂R; with a closure, each time after it has computed them."""
         if is_inner_step(optimizer):
             return None
+        refuse_capture()
         guard.heard(self)  # now: optimizers chained inside this one step next
         return once_computed(args, kwargs, lambda: self._read_gradients(optimizer))
 

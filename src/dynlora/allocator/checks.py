@@ -3,6 +3,7 @@
 NaN and infinity are reported where they arise, by module, and no rank is ever decided by them.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -176,7 +177,8 @@ class FiniteGuard:
             return
         for device in {g.device for g in gradients}:
             norms = torch._foreach_norm([g for g in gradients if g.device == device], float("inf"))
-            is_bad = ~torch.isfinite(torch.stack([n.float() for n in norms])).all()
+            largest = torch.stack([n.float() for n in norms]).amax()  # NaN if one of them is
+            is_bad = ~(largest < math.inf)
             if found_inf is not None:
                 is_bad &= found_inf.to(device) == 0
             held = self._bad.get(device)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -65,6 +66,20 @@ class _WrappedStep:
     def remove(self) -> None:
         """Give the optimizer its own ``step`` back."""
         self.optimizer.__dict__.pop("step", None)
+
+
+def refuse_capture() -> None:
+    """Refuse to be captured in a CUDA graph, whose replays call no hook: nothing would be pruned.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "optimizer.step() is being captured in a CUDA graph, whose replays would go unseen by the "
+            "RankAllocator: nothing would be scored or pruned. Capture forward and backward pass only, "
+            "call optimizer.step() after each replay, and capture again after the freeze."
+        )
 
 
 def once_computed(args: Any, kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
