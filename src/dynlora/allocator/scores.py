@@ -173,6 +173,7 @@ def _signed_sums(probes: Sequence[Factor]) -> list[Tensor]:
         if probe.copies > 1:
             shape = (probe.copies, -1) if probe.is_grouped else (-1, probe.copies)
             sums = sums.view(len(rows), *shape).sum(1 if probe.is_grouped else 2)
+        del weight, product  # before the next stack is made
         for i, row in zip(rows, sums.unbind(), strict=True):
             found[i] = row
     return _summed_over_shards(probes, found)
