@@ -1,0 +1,49 @@
+"""The search for the smallest budget whose loss is accepted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynlora.allocation.bisection import smallest_budget
+
+
+@given(
+    total=st.integers(2, 10_000),
+    threshold=st.integers(1, 10_000),
+    lowest=st.integers(1, 50),
+)
+def test_a_falling_loss_is_bisected_to_the_very_threshold(total, threshold, lowest):
+    lowest, threshold = min(lowest, total), min(threshold, total)
+    curve = smallest_budget(
+        lambda budget: 1.0 if budget >= threshold else 2.0,
+        lowest=lowest,
+        total=total,
+        reference=1.0,
+        tolerance=0.01,
+        tries=64,
+    )
+    assert curve.budget == max(threshold, lowest)
+
+
+@given(losses=st.lists(st.floats(0.5, 3.0), min_size=30, max_size=30), tries=st.integers(1, 10))
+def test_what_is_chosen_was_measured_and_accepted_whatever_the_losses(losses, tries):
+    curve = smallest_budget(
+        lambda budget: losses[budget - 1],
+        lowest=1,
+        total=30,
+        reference=1.0,
+        tolerance=0.1,
+        tries=tries,
+    )
+    assert len(curve.tried) <= tries
+    assert curve.budget == 30 or dict(curve.tried)[curve.budget] <= curve.limit
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.1, 1.0])
+def test_a_larger_tolerance_never_needs_a_larger_budget(tolerance):
+    def budget(limit):
+        return smallest_budget(
+            lambda b: 1 + 5 / b, lowest=1, total=512, reference=1.0, tolerance=limit, tries=30
+        ).budget
+
+    assert budget(2 * tolerance) <= budget(tolerance)

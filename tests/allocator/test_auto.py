@@ -1,0 +1,182 @@
+"""``target_r="auto"``: the budget is what the held-out loss allows."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from dynlora import DynLoraCallback, NotFiniteError, RankAllocator
+from small_net import SmallNet, adamw, adapted, data, train
+
+WIDTHS = (6, 16, 16, 4)
+
+
+def held_out_loss(model):
+    x, y = data()
+
+    def loss():
+        with torch.no_grad():
+            return float(((model(0.9 * x) - y) ** 2).mean())
+
+    return loss
+
+
+def run(tolerance, steps=60, optimizer=adamw, **settings):
+    model = adapted(widths=WIDTHS, r=8)
+    built = optimizer(model)
+    loss = held_out_loss(model)
+    calls = []
+
+    def evaluate():
+        calls.append(loss())
+        return calls[-1]
+
+    allocator = RankAllocator(
+        model, built, total_steps=steps, target_r="auto", tolerance=tolerance,
+        evaluate=evaluate, **settings,
+    )  # fmt: skip
+    return model, built, allocator, calls
+
+
+def test_nothing_is_pruned_or_evaluated_before_the_freeze():
+    model, built, allocator, calls = run(0.05)
+    losses = train(model, built, allocator.stop - 1)
+    plain = adapted(widths=WIDTHS, r=8)
+    assert losses == train(plain, adamw(plain), allocator.stop - 1)
+    assert calls == []
+    assert allocator.history == []
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.2])
+def test_at_the_freeze_the_held_out_loss_is_within_the_tolerance(tolerance):
+    model, built, allocator, _ = run(tolerance)
+    train(model, built, allocator.stop)
+    found = allocator.history[-1]["auto"]
+    loss = held_out_loss(model)()
+    assert loss <= found["limit"] * (1 + 1e-5)
+    assert found["limit"] == pytest.approx(found["reference"] * (1 + tolerance))
+    assert allocator.cost <= allocator.target_cost == found["budget"] < allocator.total_cost
+
+
+def test_more_tolerance_leaves_a_smaller_adapter():
+    sizes = []
+    for tolerance in (0.01, 0.1, 1.0):
+        model, built, allocator, _ = run(tolerance)
+        train(model, built, 60)
+        allocator.finalize_()
+        sizes.append(sum(p.numel() for n, p in model.named_parameters() if "lora_" in n))
+        assert sizes[-1] == allocator.cost
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+def test_where_nothing_smaller_is_accepted_the_search_changes_no_bit():
+    model, built = (made := adapted(widths=WIDTHS, r=8)), adamw(made)
+    losses = iter([1.0])  # of the whole adapter; of anything smaller 2
+    allocator = RankAllocator(
+        model, built, total_steps=60, target_r="auto", evaluate=lambda: next(losses, 2.0)
+    )
+    plain = adapted(widths=WIDTHS, r=8)
+    assert train(model, built, 60) == train(plain, adamw(plain), 60)
+    assert allocator.finalize_() == dict.fromkeys(allocator.ranks(), 8)
+    ours = dict(model.named_parameters())
+    assert all(torch.equal(p, ours[name]) for name, p in plain.named_parameters())
+
+
+def test_every_module_keeps_its_floor():
+    model, built, allocator, _ = run(100.0, min_r=1)
+    train(model, built, allocator.stop)
+    assert set(allocator.ranks().values()) == {1}
+
+
+def test_a_resumed_run_keeps_the_budget_that_was_found():
+    model, built, allocator, _ = run(0.05)
+    train(model, built, allocator.stop + 3)
+    state = json.loads(json.dumps(allocator.state_dict()))
+    weights, moments = model.state_dict(), copy.deepcopy(built.state_dict())
+    again, rebuilt, resumed, calls = run(0.05)
+    again.load_state_dict(weights)
+    rebuilt.load_state_dict(moments)
+    resumed.load_state_dict(state)
+    assert (resumed.target_cost, resumed.ranks()) == (allocator.target_cost, allocator.ranks())
+    assert train(again, rebuilt, 10) == train(model, built, 10)
+    assert calls == []
+
+
+def test_the_record_says_what_each_rank_would_have_cost():
+    model, built, allocator, _ = run(0.05)
+    train(model, built, allocator.stop)
+    by_rank = allocator.history[-1]["auto"]["by_rank"]
+    assert [rank for rank, _, _ in by_rank] == [1, 2, 4]
+    assert [cost for _, cost, _ in by_rank] == [r * allocator.total_cost // 8 for r in (1, 2, 4)]
+
+
+def test_a_missing_evaluate_is_refused_with_the_way_out():
+    model = adapted()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        RankAllocator(model, adamw(model), total_steps=10, target_r="auto")
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(float("nan"), NotFiniteError), (0.0, ValueError), (-1.0, ValueError)]
+)
+def test_a_loss_that_cannot_be_compared_is_refused(value, error):
+    model = adapted()
+    built = adamw(model)
+    allocator = RankAllocator(model, built, total_steps=10, target_r="auto", evaluate=lambda: value)
+    with pytest.raises(error):
+        train(model, built, allocator.stop)
+
+
+class WithLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SmallNet(WIDTHS)
+        self.dropout = torch.nn.Dropout(0.1)
+
+    def forward(self, x, labels=None):
+        logits = self.net(self.dropout(x))
+        return {"loss": ((logits - labels) ** 2).mean(), "logits": logits}
+
+
+def trainer(folder, callback, *, held_out):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        WithLoss(), LoraConfig(r=8, lora_alpha=16, target_modules=["0", "1", "2"])
+    )
+    x, y = data(rows=128)
+    rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
+        logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True,
+        remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"],
+    )  # fmt: skip
+    return Trainer(
+        model, arguments, callbacks=[callback] if callback else [], train_dataset=rows[:96],
+        eval_dataset=rows[96:] if held_out else None,
+    )  # fmt: skip
+
+
+def losses_of(run):
+    run.train()
+    return [log["loss"] for log in run.state.log_history if "loss" in log]
+
+
+def test_the_trainers_evaluation_set_decides_and_draws_no_random_number(tmp_path):
+    callback = DynLoraCallback(target_r="auto", tolerance=0.1)
+    ours = losses_of(trainer(tmp_path / "ours", callback, held_out=True))
+    plain = losses_of(trainer(tmp_path / "plain", None, held_out=True))
+    frozen = callback.history[-1]["step"]
+    assert ours[:frozen] == plain[:frozen]
+    assert sum(callback.ranks.values()) < 24
+    text = (tmp_path / "ours" / "history.jsonl").read_text(encoding="utf-8")
+    assert '"auto"' in text
+
+
+def test_a_trainer_without_an_evaluation_set_is_refused_before_it_trains(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer(tmp_path, DynLoraCallback(target_r="auto"), held_out=False).train()
