@@ -8,15 +8,14 @@ import sys
 import pytest
 
 import dynlora
-from dynlora import _public
 
 
 def test_public_names_are_the_promised_ones():
     seen = {name for name in dir(dynlora) if name[0] != "_"}
-    assert sorted(seen) == sorted(dynlora.__all__) == sorted(_public.__all__)
+    assert sorted(seen) == sorted(dynlora.__all__)
     assert {
-        "AdapterFileError", "DynLoraCallback", "DynLoraConfig", "RankAllocator", "dem_loss",
-        "export_lora", "finalize_",
+        "DynLoraCallback", "DynLoraConfig", "RankAllocator", "dem_loss", "export_lora", "finalize_",
+        "warm_start_",
     } <= seen  # fmt: skip
 
 
@@ -28,13 +27,22 @@ def loaded_by(statement):
 
 def test_importing_the_package_alone_loads_no_torch():
     loaded = loaded_by("import dynlora")
-    assert not loaded & {"torch", "peft", "transformers", "dynlora._public"}
+    assert not loaded & {"torch", "peft", "transformers"}
 
 
-def test_the_first_use_of_a_name_registers_the_method_with_peft():
-    for use in ("from dynlora import RankAllocator", "import dynlora; dynlora.dem_loss"):
-        probe = f"{use}; from peft.utils.peft_types import PeftType; PeftType('DYNLORA')"
-        subprocess.run([sys.executable, "-c", probe], check=True)
+def test_the_gated_config_registers_the_method_with_peft_and_nothing_else_does():
+    known = "from peft.utils.peft_types import PeftType; print('DYNLORA' in PeftType.__members__)"
+    for use, expected in (("DynLoraConfig", "True"), ("RankAllocator, DynLoraCallback", "False")):
+        probe = f"from dynlora import {use}; {known}"
+        done = subprocess.run(
+            [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split()[-1] == expected
+
+
+def test_every_name_is_found_where_the_package_says():
+    for name in dynlora.__all__:
+        assert getattr(dynlora, name).__module__.startswith("dynlora.")
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
@@ -69,7 +77,7 @@ def test_no_public_name_reads_as_nvidias_dora():
 
 def test_importing_twice_registers_once():
     probe = (
-        "import importlib, dynlora.adapter.tuner as t; from peft.mapping import *; "
+        "import dynlora.gated.model as t; from peft.mapping import *; "
         "t.register(); t.register(); "
         "from peft.utils.peft_types import PeftType; assert PeftType('DYNLORA') is PeftType.DYNLORA; "
         "assert [m.value for m in PeftType].count('DYNLORA') == 1"

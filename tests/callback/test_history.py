@@ -8,7 +8,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from dynlora.allocator.record import five_numbers
-from dynlora.callback.live_logs import LiveLogs, calling_handler, live_fields, stand_first
+from dynlora._private import calling_self
+from dynlora.callback.live_logs import LiveLogs, live_fields, stand_first
 from dynlora.history import HISTORY_FILE, HistoryFile, read_history
 from small_net import attached, train
 from small_trainer import SAVE_ALL, losses_of, trainer_of
@@ -190,7 +191,7 @@ def test_the_live_log_of_a_second_training_replaces_that_of_the_first():
 
 def test_called_by_hand_there_is_no_handler():
     def method():
-        return calling_handler()
+        return calling_self(CallbackHandler)
 
     assert method() is None
 
