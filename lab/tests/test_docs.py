@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore", "error:.*:Warning:dynlora")
 
 def tiny_bert():
     hf.set_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = hf.BertConfig(vocab_size=50, intermediate_size=32, **sizes)
+    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.BertConfig(vocab_size=50, intermediate_size=40, **sizes)
     return hf.BertForSequenceClassification(config)
 
 
