@@ -8,7 +8,7 @@ import argparse
 import torch
 from accelerate import Accelerator
 from datasets import load_dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,7 +17,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from dynlora import DynLoraConfig, RankAllocator
+from dynlora import RankAllocator
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="FacebookAI/roberta-base")
@@ -32,15 +32,16 @@ data = load_dataset(options.data, split="train").rename_column("label", "labels"
 data = data.map(lambda r: tokenizer(r["text"])).select_columns(["input_ids", "labels"])
 loader = DataLoader(data, 8, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
 base = AutoModelForSequenceClassification.from_pretrained(options.model)
-config = DynLoraConfig(target_r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+targets = ["query", "value"]
+config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="SEQ_CLS")
 model = get_peft_model(base, config)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 steps_per_epoch = -(-len(loader) // accelerator.gradient_accumulation_steps)
 steps = options.epochs * steps_per_epoch
 scheduler = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-allocator = RankAllocator(model, optimizer, total_steps=steps)
+allocator = RankAllocator(model, optimizer, total_steps=steps, target_r=4)
 for _ in range(options.epochs):
     for batch in loader:
         with accelerator.accumulate(model):

@@ -8,27 +8,27 @@ import argparse
 import lightning
 import torch
 from datasets import load_dataset
-from peft import get_peft_model
-from torch.utils.data import DataLoader
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from dynlora import DynLoraConfig, RankAllocator
+from dynlora import RankAllocator
+from dynlora.lora.follow import AdapterStart, CheckpointFollower
 
 
 class Classifier(lightning.LightningModule):
-    """A sequence classifier with a DynLora adapter."""
+    """A sequence classifier with a LoRA."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         base = AutoModelForSequenceClassification.from_pretrained(name)
-        config = DynLoraConfig(target_r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
-        self.model, self.progress = get_peft_model(base, config), None
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
+        self.model, self.start, self.progress = get_peft_model(base, config), None, None
 
     def configure_optimizers(self):  # noqa: ANN201, D102
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=2e-3)
-        steps = int(self.trainer.estimated_stepping_batches)
-        self.allocator = RankAllocator(self.model, optimizer, total_steps=steps)
-        if self.progress:  # weights and scores are restored with the model
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+        plan = {"total_steps": int(self.trainer.estimated_stepping_batches), "target_r": 4}
+        self.allocator = RankAllocator(self.model, optimizer, start=self.start, **plan)
+        if self.progress:
             self.allocator.load_state_dict(self.progress)
         return optimizer
 
@@ -39,7 +39,8 @@ class Classifier(lightning.LightningModule):
         checkpoint["dynlora"] = self.allocator.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:  # noqa: D102
-        self.progress = checkpoint["dynlora"]
+        self.start, self.progress = AdapterStart.of(self.model), checkpoint["dynlora"]
+        CheckpointFollower(self.model, self.start)  # weights come next, of other ranks perhaps
 
 
 if __name__ == "__main__":
@@ -52,8 +53,8 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = load_dataset(options.data, split="train").rename_column("label", "labels")
     data = data.map(lambda r: tokenizer(r["text"])).select_columns(["input_ids", "labels"])
-    loader = DataLoader(data, 16, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+    loader = torch.utils.data.DataLoader(data, 16, collate_fn=DataCollatorWithPadding(tokenizer))
     module = Classifier(options.model)
     lightning.Trainer(max_steps=options.steps, default_root_dir="runs").fit(module, loader)
-    module.allocator.finalize_()  # from here on, the adapter is a plain LoRA
+    module.allocator.finalize_()
     module.model.save_pretrained(options.output)

@@ -7,11 +7,11 @@ import argparse
 
 import torch
 from datasets import load_dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynlora import DynLoraConfig, RankAllocator
+from dynlora import RankAllocator
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="openai-community/gpt2")
@@ -34,10 +34,10 @@ def collate(rows: list[str]) -> dict[str, torch.Tensor]:
 
 
 base = AutoModelForCausalLM.from_pretrained(options.model).to(device)
-model = get_peft_model(base, DynLoraConfig(target_r=8, target_modules="all-linear"))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 scaler = torch.amp.GradScaler(device)
-allocator = RankAllocator(model, optimizer, total_steps=options.steps)
+allocator = RankAllocator(model, optimizer, total_steps=options.steps, target_r=8)
 model.train()
 while allocator.step < options.steps:
     for batch in DataLoader(texts, batch_size=8, shuffle=True, collate_fn=collate):

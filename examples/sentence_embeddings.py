@@ -1,4 +1,4 @@
-"""The trainer of sentence-transformers: an embedding model with a rank budget.
+"""The trainer of sentence-transformers: an embedding model at the size of a LoRA of rank 4.
 
 python examples/sentence_embeddings.py --data sentence-transformers/all-nli
 """
@@ -6,6 +6,7 @@ python examples/sentence_embeddings.py --data sentence-transformers/all-nli
 import argparse
 
 from datasets import load_dataset
+from peft import LoraConfig
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -13,7 +14,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
-from dynlora import DynLoraCallback, DynLoraConfig
+from dynlora import DynLoraCallback
 
 
 def main() -> None:
@@ -27,15 +28,16 @@ def main() -> None:
     options = parser.parse_args()
 
     model = SentenceTransformer(options.model)
-    model.add_adapter(DynLoraConfig(target_r=4, target_modules=["query", "value", "dense"]))
+    targets = ["query", "value", "dense"]
+    model.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=targets))
     trainer = SentenceTransformerTrainer(
         model,
         SentenceTransformerTrainingArguments(
-            options.output, max_steps=options.steps, learning_rate=2e-3, report_to="none"
+            options.output, max_steps=options.steps, learning_rate=1e-3, report_to="none"
         ),
         train_dataset=load_dataset(options.data, options.subset, split="train"),
         loss=MultipleNegativesRankingLoss(model),
-        callbacks=[DynLoraCallback()],
+        callbacks=[DynLoraCallback(target_r=4)],
     )
     trainer.train()
     model.save_pretrained(options.output)

@@ -1,4 +1,4 @@
-"""Seq2SeqTrainer: a summarizer with a rank budget.
+"""Seq2SeqTrainer: a summarizer at the size of a LoRA of rank 8, ranks by module.
 
 python examples/seq2seq_summarization.py --model facebook/bart-base --data EdinburghNLP/xsum
 """
@@ -6,7 +6,7 @@ python examples/seq2seq_summarization.py --model facebook/bart-base --data Edinb
 import argparse
 
 from datasets import load_dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -15,7 +15,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from dynlora import DynLoraCallback, DynLoraConfig
+from dynlora import DynLoraCallback
 
 
 def main() -> None:
@@ -36,16 +36,16 @@ def main() -> None:
         remove_columns=data.column_names,
     )
     base = AutoModelForSeq2SeqLM.from_pretrained(options.model)
-    config = DynLoraConfig(target_r=8, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
     model = get_peft_model(base, config)
     trainer = Seq2SeqTrainer(
         model,
         Seq2SeqTrainingArguments(
-            options.output, max_steps=options.steps, learning_rate=2e-3, report_to="none"
+            options.output, max_steps=options.steps, learning_rate=1e-3, report_to="none"
         ),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-        callbacks=[DynLoraCallback()],
+        callbacks=[DynLoraCallback(target_r=8)],
     )
     trainer.train()
     trainer.save_model()

@@ -1,4 +1,4 @@
-"""transformers.Trainer: a text classifier with a rank budget.
+"""transformers.Trainer: a text classifier whose ranks go where the task needs them.
 
 python examples/trainer_classification.py --model FacebookAI/roberta-base --data SetFit/sst2
 """
@@ -6,7 +6,7 @@ python examples/trainer_classification.py --model FacebookAI/roberta-base --data
 import argparse
 
 from datasets import load_dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dynlora import DynLoraCallback, DynLoraConfig
+from dynlora import DynLoraCallback
 
 
 def main() -> None:
@@ -33,16 +33,17 @@ def main() -> None:
         options.model, num_labels=len(set(data["label"]))
     )
 
-    config = DynLoraConfig(target_r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    targets = ["query", "value"]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="SEQ_CLS")
     model = get_peft_model(base, config)
     arguments = TrainingArguments(
         options.output,
         max_steps=options.steps,
         per_device_train_batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         report_to="none",
     )
-    callback = DynLoraCallback()
+    callback = DynLoraCallback(target_r=4)
     trainer = Trainer(
         model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback]
     )

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer: preferences with a rank budget; the reference is the model without its adapter.
+"""TRL's DPOTrainer: preferences; the reference is the model without its adapter.
 
 python examples/trl_dpo.py --model Qwen/Qwen3-0.6B --data trl-lib/ultrafeedback_binarized
 """
@@ -7,9 +7,10 @@ import argparse
 
 import torch
 from datasets import load_dataset
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from dynlora import DynLoraCallback, DynLoraConfig
+from dynlora import DynLoraCallback
 
 
 def main() -> None:
@@ -24,14 +25,14 @@ def main() -> None:
     options = parser.parse_args()
 
     bf16 = torch.cuda.is_bf16_supported()
-    callback = DynLoraCallback()
+    callback = DynLoraCallback(target_r=8)
     trainer = DPOTrainer(
         options.model,
         args=DPOConfig(
-            options.output, max_steps=options.steps, learning_rate=5e-4, report_to="none", bf16=bf16
+            options.output, max_steps=options.steps, learning_rate=1e-5, report_to="none", bf16=bf16
         ),
         train_dataset=load_dataset(options.data, split="train"),
-        peft_config=DynLoraConfig(target_r=8, target_modules="all-linear"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         callbacks=[callback],
     )
     trainer.train()

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: the two lines beside a LoRA script.
+"""TRL's SFTTrainer: one argument beside a LoRA script.
 
 python examples/trl_sft.py --model Qwen/Qwen3-0.6B --data trl-lib/Capybara
 """
@@ -7,9 +7,10 @@ import argparse
 
 import torch
 from datasets import load_dataset
+from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from dynlora import DynLoraCallback, DynLoraConfig
+from dynlora import DynLoraCallback
 
 
 def main() -> None:
@@ -22,14 +23,14 @@ def main() -> None:
     options = parser.parse_args()
 
     bf16 = torch.cuda.is_bf16_supported()
-    callback = DynLoraCallback()
+    callback = DynLoraCallback(target_r=8)
     trainer = SFTTrainer(
         options.model,
         SFTConfig(
-            options.output, max_steps=options.steps, learning_rate=1e-3, report_to="none", bf16=bf16
+            options.output, max_steps=options.steps, learning_rate=2e-4, report_to="none", bf16=bf16
         ),
         train_dataset=load_dataset(options.data, split="train"),
-        peft_config=DynLoraConfig(target_r=8, target_modules="all-linear"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         callbacks=[callback],
     )
     trainer.train()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -66,54 +66,53 @@ CLASSIFIER = hf.AutoModelForSequenceClassification
 
 @dataclass(frozen=True)
 class Run:
-    """What an example is fed, and what it must leave: so many components in all.
+    """What an example is fed, and what it must leave.
 
     Attributes:
         save_model: writes a tiny model to a folder.
         rows: rows of the data, repeated.
-        components: target_r of the example times the adapted modules of the model.
+        rank: of the LoRA whose size the adapter may have at most, its ``target_r``; for ``auto`` its r.
         base: what loads the model under the finished adapter.
         length: the argument that says how long to train, and its value.
     """
 
     save_model: Callable[[Path], object]
     rows: list[dict[str, object]]
-    components: int
+    rank: int
     base: Any
     length: tuple[str, str] = ("--steps", "12")
 
 
 RUNS = {
-    "trainer_classification": Run(save_encoder, LABELLED, 4 * 4, CLASSIFIER),
+    "trainer_classification": Run(save_encoder, LABELLED, 4, CLASSIFIER),
+    "trainer_auto_rank": Run(save_encoder, LABELLED, 16, CLASSIFIER),
     "seq2seq_summarization": Run(
         save_bart,
         [{"document": "a good fine film", "summary": "good film"}],
-        8 * 32,
+        8,
         hf.AutoModelForSeq2SeqLM,
     ),
     "trl_sft": Run(
         save_llama,
         [{"text": "a good film"}, {"text": "a bad film"}],
-        8 * 14,
+        8,
         hf.AutoModelForCausalLM,
     ),
     "trl_dpo": Run(
         save_llama,
         [{"prompt": "a film", "chosen": " good", "rejected": " bad"}],
-        8 * 14,
+        8,
         hf.AutoModelForCausalLM,
     ),
     "sentence_embeddings": Run(
         save_encoder,
         [{"anchor": "good", "positive": "fine"}, {"anchor": "bad", "positive": "poor"}],
-        4 * 11,
+        4,
         hf.AutoModel,
     ),
-    "accelerate_loop": Run(save_encoder, LABELLED, 4 * 4, CLASSIFIER, ("--epochs", "6")),
-    "pytorch_grad_scaler": Run(
-        save_gpt2, [{"text": "a good film"}], 8 * 8, hf.AutoModelForCausalLM
-    ),
-    "lightning_module": Run(save_encoder, LABELLED, 4 * 4, CLASSIFIER),
+    "accelerate_loop": Run(save_encoder, LABELLED, 4, CLASSIFIER, ("--epochs", "6")),
+    "pytorch_grad_scaler": Run(save_gpt2, [{"text": "a good film"}], 8, hf.AutoModelForCausalLM),
+    "lightning_module": Run(save_encoder, LABELLED, 4, CLASSIFIER),
 }
 
 
@@ -139,14 +138,42 @@ def test_an_example_is_short_enough_to_copy(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf8").splitlines()) <= 60
 
 
+TARGETS = {
+    "query and value": ["query", "value"],
+    "embeddings": ["query", "value", "dense"],
+    "all": "all-linear",
+}
+ADAPTED = {
+    "trainer_classification": "query and value",
+    "accelerate_loop": "query and value",
+    "sentence_embeddings": "embeddings",
+}
+
+
+def parameters_of_rank_one(name):
+    """Parameters of a LoRA of rank 1 on the modules that the example adapts."""
+    run = RUNS[name]
+    is_decoder = run.base is hf.AutoModelForCausalLM
+    config = LoraConfig(
+        r=1,
+        target_modules=TARGETS[ADAPTED.get(name, "all")],
+        task_type="CAUSAL_LM" if is_decoder else "SEQ_CLS" if run.base is CLASSIFIER else None,
+    )
+    model = get_peft_model(run.base.from_pretrained("model"), config)
+    return sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_an_example_leaves_a_plain_lora_of_its_budget(name, tmp_path, monkeypatch):
+def test_an_example_leaves_a_plain_lora_of_its_size(name, tmp_path, monkeypatch):
     run_example(name, tmp_path, monkeypatch)
     config = PeftConfig.from_pretrained("out")
     assert type(config) is LoraConfig
-    assert config.r == config.lora_alpha
+    assert config.lora_alpha == 2 * config.r  # the scaling of the script's own config
     saved = {k: t for k, t in load_file("out/adapter_model.safetensors").items() if ".lora_" in k}
-    assert sum(t.shape[0] for k, t in saved.items() if ".lora_A." in k) == RUNS[name].components
+    found = sum(t.numel() for t in saved.values())
+    assert found <= RUNS[name].rank * parameters_of_rank_one(name)
+    if name != "trainer_auto_rank":  # as much as fits
+        assert found > (RUNS[name].rank - 1) * parameters_of_rank_one(name)
     assert all(t.any() for t in saved.values())
     loaded = PeftModel.from_pretrained(RUNS[name].base.from_pretrained("model"), "out")
     present = {k: t for k, t in loaded.state_dict().items() if ".lora_" in k}

@@ -1,24 +1,27 @@
-"""README's Python runs as printed and does what it says; its table and links are right."""
+"""README's Python runs as printed and does what it says; links and names in the docs are right."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from doc_fences import PAGES, ROOT, fences, text_of
-from dynlora import DynLoraConfig
+from dynlora import DynLoraCallback
+from dynlora.allocation import Settings
 
 README = text_of("README.md")
-FENCES = fences("README.md", "python")
+ONE_ARGUMENT, AUTO, LOOP = fences("README.md", "python")
+MAX_LINES = 150
 
 
 def tiny_bert():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=50, intermediate_size=32, **sizes))
+    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, intermediate_size=40, **sizes))
 
 
 def rows(count=24):
@@ -27,53 +30,61 @@ def rows(count=24):
     return [{"input_ids": row, "labels": row[0] % 2} for row in ids]
 
 
-def test_the_trainer_fence_and_the_serving_fence_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    trainer_fence, _, warm_fence, serving_fence = FENCES
-    arguments = TrainingArguments(
+def arguments():
+    return TrainingArguments(
         "runs", max_steps=12, per_device_train_batch_size=4, report_to=[], disable_tqdm=True,
         save_strategy="no", use_cpu=True, dataloader_pin_memory=False, learning_rate=1e-2,
     )  # fmt: skip
-    names = {"base": tiny_bert(), "args": arguments, "data": rows()}
-    trainer_fence.run(names)
+
+
+def adapter_parameters(model):
+    return sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def test_the_first_screen_leaves_a_plain_lora_of_half_the_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"base": tiny_bert(), "args": arguments(), "data": rows()}
+    ONE_ARGUMENT.run(names)
     assert type(names["model"].peft_config["default"]) is LoraConfig
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    serve = {"fresh_base": tiny_bert()}
-    serving_fence.run(serve)
-    ids = torch.stack([row["input_ids"] for row in rows(4)])
-    with torch.no_grad():
-        expected = names["model"].eval()(input_ids=ids).logits
-        actual = serve["merged"].eval()(input_ids=ids).logits
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    (tmp_path / "my-r64-lora").mkdir()
-    config = LoraConfig(r=64, target_modules="all-linear")
-    get_peft_model(tiny_bert(), config).save_pretrained(tmp_path / "my-r64-lora")
-    start = {"base": tiny_bert()}
-    warm_fence.run(start)
-    assert isinstance(start["model"].peft_config["default"], DynLoraConfig)
+    at_8 = get_peft_model(tiny_bert(), LoraConfig(r=8, target_modules="all-linear"))
+    assert adapter_parameters(names["model"]) <= adapter_parameters(at_8)
 
 
-def test_the_loop_fence_runs():
-    model = get_peft_model(tiny_bert(), DynLoraConfig(target_r=2, target_modules="all-linear"))
+def test_auto_ends_at_the_loss_that_it_accepts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    names = {"model": get_peft_model(tiny_bert(), config), "args": arguments(), "data": rows()}
+    names |= {"held_out": rows(8), "Trainer": Trainer, "DynLoraCallback": DynLoraCallback}
+    AUTO.run(names)
+    names["trainer"].train()
+    found = names["callback"].history[-1]["auto"]
+    accepted = [loss for budget, loss in found["tried"] if budget == found["budget"]]
+    assert all(loss <= found["limit"] == found["reference"] * 1.02 for loss in accepted)
+    assert adapter_parameters(names["model"]) <= found["budget"]
+
+
+def test_the_loop_shrinks():
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = get_peft_model(tiny_bert(), config)
+    before = adapter_parameters(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    names = {"model": model, "optimizer": optimizer, "loader": DataLoader(rows(), batch_size=2)}
-    FENCES[1].run(names)
-    assert type(model.peft_config["default"]) is LoraConfig
+    LOOP.run({"model": model, "optimizer": optimizer, "loader": DataLoader(rows(), batch_size=2)})
+    assert adapter_parameters(model) <= before / 2
 
 
-def test_the_defaults_in_the_table_are_the_configs():
-    config = DynLoraConfig()
-    table = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|", README, re.MULTILINE)
-    checked = 0
-    for names, values in table:
-        for name, value in zip(names.split(", "), values.split(", "), strict=True):
-            field = name.strip("` ")
-            expected = value.strip()
-            if expected.startswith("ceil"):
-                expected = "12"
-            assert str(getattr(config, field)) == expected, field
-            checked += 1
-    assert checked == 19
+def test_it_is_short():
+    assert len(README.splitlines()) <= MAX_LINES
+
+
+def test_the_table_of_settings_is_complete_and_right():
+    section = text_of("docs/budget.md").split("## All settings")[1]
+    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE))
+    defaults = Settings(target_r=8)
+    assert set(told) == {field.name for field in dataclasses.fields(Settings)}
+    for name, value in told.items():
+        if name != "target_r":
+            assert value.strip() == str(getattr(defaults, name)), name
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -84,13 +95,16 @@ def test_every_relative_link_leads_somewhere(page):
 
 
 def test_every_test_that_the_docs_name_exists():
-    sources = {
-        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")
-    }
-    everything = "\n".join(sources.values())
-    named = set()
-    for page in ("method.md", "compatibility.md", "trl.md"):
-        named |= set(re.findall(r"`(test_\w+)(?:\.py|…|`)", text_of(f"docs/{page}")))
+    paths = [p for folder in ("tests", "lab/tests") for p in (ROOT / folder).rglob("*.py")]
+    everything = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    files = {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("*.py")}
+    pages = [text_of(p) for p in PAGES if p.startswith("docs/") and "peft-suite" not in p]
+    named = {name for text in pages for name in re.findall(r"`(test_\w+?)(?:_?…|`)", text)}
     assert len(named) > 30
-    for name in named:
-        assert f"{name}.py" in sources or f"def {name}" in everything, name
+    for name in sorted(named):
+        assert f"def {name}" in everything or f"{name}.py" in files, name
+    for text in pages:
+        for path in re.findall(r"`([\w/]*test_\w+\.py)`", text):
+            assert path in files or f"tests/{path}" in map(str, paths) or (ROOT / path).exists(), (
+                path
+            )

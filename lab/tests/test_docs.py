@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore", "error:.*:Warning:dynlora")
 
 def tiny_bert():
     hf.set_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = hf.BertConfig(vocab_size=50, intermediate_size=32, **sizes)
+    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.BertConfig(vocab_size=50, intermediate_size=40, **sizes)
     return hf.BertForSequenceClassification(config)
 
 
@@ -57,7 +57,7 @@ def shop(tmp_path, monkeypatch):
     chats = tmp_path / "trl-lib" / "Capybara"
     chats.mkdir(parents=True)
     row = json.dumps({"text": "a good film"})
-    (chats / "train.jsonl").write_text("\n".join([row] * 24), encoding="utf8")
+    (chats / "train.jsonl").write_text("\n".join([row] * 96), encoding="utf8")
     save_texts(tmp_path / "texts.csv")
     lora = LoraConfig(r=16, target_modules="all-linear")
     get_peft_model(tiny_bert(), lora).save_pretrained(tmp_path / "my-r64-lora")
@@ -67,7 +67,7 @@ def shop(tmp_path, monkeypatch):
         "output": "runs/recipe",
         "data": {"name": "texts.csv"},
         "adapter": {"target_r": 2},
-        "training": {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"},
+        "training": {"max_steps": 12, "eval_strategy": "no", "save_strategy": "no"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf8")
     ids = torch.randint(0, 50, (24, 6), generator=torch.Generator().manual_seed(0))

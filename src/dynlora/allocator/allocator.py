@@ -143,6 +143,8 @@ class RankAllocator:
         check_optimizer(self.optimizer, self.present)
         guard.attach(self)
         self._parameters = [f.parameter for m in self.present for f in m.factors]
+        for module in self.present:
+            module.follow_device_()
         self._adapter.follow_checkpoints()
         self._finder = DdpFinder(model)
         self._handles = attach(self.optimizer, before=self._before_step, after=self._after_step)

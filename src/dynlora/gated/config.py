@@ -70,6 +70,8 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
     their meaning there; ``rank_pattern`` sets initial ranks, 0 in the config that is saved with a module
     that fell to rank 0. ``r`` is ``init_r``.
 
+    All fields of ``dynlora.allocation.Settings`` are fields here; ``target_r`` is 8 if not given.
+
     Any stock ``LoraConfig`` can be trained in the same way without gates: give the settings to
     DynLoraCallback or RankAllocator instead.
 
@@ -82,7 +84,6 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         init_std: a number draws A and B from N(0, init_std²), with gates of 0; None leaves it to ``init``.
         preset: ``paper`` for the paper's values of the fields that are not given, ``init``,
             ``lora_alpha`` and ``lora_dropout`` included.
-        settings: all fields of ``dynlora.allocation.Settings``; target_r is 8 if not given.
 
     Raises:
         ValueError: a rule is broken, ``r`` differs from ``init_r``, or a LoRA variant is asked for that

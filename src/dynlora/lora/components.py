@@ -133,6 +133,11 @@ class LoraComponents:
         self.ema: Tensor = torch.zeros(self.rank, device=device)
         self.live: Tensor = torch.ones(self.rank, dtype=torch.bool, device=device)
 
+    def follow_device_(self) -> None:
+        """Put scores where the factors are: the model may have moved since they were made."""
+        device = self.probes[0].parameter.device
+        self.ema, self.live = self.ema.to(device), self.live.to(device)
+
     @cached_property
     def layers(self) -> tuple[Any, ...]:
         """The LoRA layers that share the module's rank, the module's own first."""
