@@ -7,8 +7,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from dynlora.allocator.record import five_numbers
 from dynlora._private import calling_self
+from dynlora.allocator.record import five_numbers
 from dynlora.callback.live_logs import LiveLogs, live_fields, stand_first
 from dynlora.history import HISTORY_FILE, HistoryFile, read_history
 from small_net import attached, train

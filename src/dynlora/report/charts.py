@@ -59,6 +59,8 @@ class Chart:
     lines: list[Line] = field(default_factory=list)
     bands: list[Band] = field(default_factory=list)
     summary: str = ""
+    x_label: str = "optimizer step"
+    mark: tuple[float, float] | None = None  # a point that was chosen
 
     def svg(self, number: int) -> str:
         """The picture; ``number`` makes its ids unique in the page."""
@@ -70,7 +72,9 @@ class Chart:
                 axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.2, lw=0)
             for line in self.lines:
                 _draw(axes, line)
-            axes.set_xlabel("optimizer step")
+            if self.mark is not None:
+                axes.plot(*self.mark, marker="o", markersize=9, color=COLORS[1], linestyle="")
+            axes.set_xlabel(self.x_label)
             axes.set_ylabel(self.y_label)
             _tick(axes, [y for line in self.lines for _, y in line.points])
             if len(self.lines) > 1:

@@ -1,5 +1,9 @@
 """What came out of a run, in one or two sentences."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from dynlora.report.run import RankState, Run
 
 _MANY = 0.1
@@ -19,6 +23,8 @@ def conclusion(run: Run) -> str:
         "" if run.is_finished else f"After step {run.states[-1].step:,} of {run.total_steps:,}: "
     )
     sentences = [so_far + _size(run)]
+    if run.auto is not None:
+        sentences.append(which_rank(run.auto).rstrip("."))
     scores = [f"{metric_label(name)} {run.series(name)[-1][1]:.4g}" for name in run.metrics()]
     if scores:
         text = ", ".join(reversed(scores))
@@ -32,6 +38,40 @@ def conclusion(run: Run) -> str:
             f"{full} of {len(ranks)} modules end at rank {run.init_r}, the start: a higher r may help"
         )
     return ". ".join(sentences) + "."
+
+
+def which_rank(found: Mapping[str, Any]) -> str:
+    """What the search of ``target_r="auto"`` says of fixed ranks, in a sentence.
+
+    >>> which_rank({"reference": 2.0, "by_rank": [[1, 10, 2.2], [4, 40, 2.006]]})
+    'At the size of rank 1 the loss would have changed by +10 %, at that of rank 4 by +0.3 %.'
+    """
+    rises = [(row["rank"], row["rise"]) for row in rank_rows(found)]
+    if not rises:
+        return ""
+    (rank, rise), *rest = rises
+    more = "".join(f", at that of rank {r} by {x}" for r, x in rest)
+    return f"At the size of rank {rank} the loss would have changed by {rise}{more}."
+
+
+def rank_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a rank of ``target_r="auto"``'s record: size, held-out loss, and its rise."""
+    reference = found["reference"]
+    return [
+        {
+            "rank": f"{rank}",
+            "cost": f"{cost:,}",
+            "loss": f"{loss:.4g}",
+            "rise": _percent(loss / reference - 1),
+        }
+        for rank, cost, loss in found["by_rank"]
+    ]
+
+
+def _percent(share: float) -> str:
+    if not math.isfinite(share):
+        return "NaN"
+    return f"{100 * share:+.0f} %" if abs(share) >= 0.095 else f"{100 * share:+.1g} %"
 
 
 def _size(run: Run) -> str:

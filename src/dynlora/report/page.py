@@ -1,5 +1,6 @@
 """A report as one HTML file: no network, no script needed to read it."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dynlora.report.charts import Band, Chart, Line
-from dynlora.report.conclusion import conclusion, lora_rank, metric_label
+from dynlora.report.conclusion import conclusion, lora_rank, metric_label, rank_rows, which_rank
 from dynlora.report.layout import LayerStack, group_by_stack, shade_of, shade_ranges
 from dynlora.report.recommend import (
     as_axolotl,
@@ -155,7 +156,9 @@ def _compared(runs: Sequence[Run], key: str, title: str, label: str) -> Chart:
 
 def run_charts(run: Run) -> list[Chart]:
     """What only one run has: budget, importance, revivals, DEM, memory; of these what there is."""
-    charts = [_budget_chart(run), _importance_chart(run), _turnover_chart(run)]
+    charts = [_size_chart(run), _budget_chart(run)]
+    if run.auto is None:
+        charts += [_importance_chart(run), _turnover_chart(run)]
     dem = run.series("dynlora/dem") or [(e["step"], e["dem"]) for e in run.prunes if e.get("dem")]
     charts.append(_single("DEM, the penalty on uneven components", "R", dem))
     memory = [(step, value / 2**20) for step, value in run.memory]
@@ -174,18 +177,18 @@ def _budget_chart(run: Run) -> Chart:
     total, last = run.states[0].cost, run.states[-1]
     live: Points = [(s.step, s.cost) for s in run.states]
     end = max(run.total_steps, last.step)
-    planned: Points = [(run.states[0].step, total), *run.schedule]
-    if run.schedule:
+    planned: Points = [] if run.auto else [(run.states[0].step, total), *run.schedule]
+    if planned and run.schedule:
         planned.append((end, run.schedule[-1][1]))
     if run.is_finished:
         live.append((end, live[-1][1]))
+    lines = [Line("used", live, color=0, is_stepped=True)]
+    if planned:
+        lines.append(Line("schedule", planned, color=1, is_stepped=True, is_dashed=True))
     return Chart(
-        f"Budget in {run.unit}: used, and the schedule of Eq. 9",
+        f"Budget in {run.unit}" + (": used, and the schedule of Eq. 9" if planned else ""),
         run.unit,
-        [
-            Line("used", live, color=0, is_stepped=True),
-            Line("schedule", planned, color=1, is_stepped=True, is_dashed=True),
-        ],
+        lines,
         summary=f"From {total:,} to {last.cost:,} {run.unit} by step {last.step:,}.",
     )
 
@@ -196,6 +199,26 @@ _IMPORTANCE_UNITS = {
     "sensitivity": "⟨b, ∂L/∂b⟩",
     "own": "score of your own function",
 }
+
+
+def _size_chart(run: Run) -> Chart:
+    """Held-out loss against size, as ``target_r="auto"`` found it."""
+    if (found := run.auto) is None:
+        return Chart("Held-out loss and size", "loss")
+    tried = sorted({(cost, loss) for cost, loss in found["tried"] if math.isfinite(loss)})
+    by_rank = [(cost, loss) for _, cost, loss in found["by_rank"] if math.isfinite(loss)]
+    curve = sorted({*tried, *by_rank, (run.states[0].cost, found["reference"])})
+    limit = [(curve[0][0], found["limit"]), (curve[-1][0], found["limit"])]
+    loss = dict(curve).get(found["budget"], found["reference"])
+    return Chart(
+        "Held-out loss against size, and the size that was chosen",
+        "held-out loss",
+        [Line("loss", curve, color=0), Line("accepted", limit, color=1, is_dashed=True)],
+        summary=f"{found['budget']:,} {run.unit} were chosen, with a loss of {loss:.4g} against "
+        f"{found['reference']:.4g} of the whole adapter. {which_rank(found)}",
+        x_label=run.unit,
+        mark=(found["budget"], loss),
+    )
 
 
 def _importance_chart(run: Run) -> Chart:
@@ -236,6 +259,7 @@ def _section(run: Run) -> dict[str, Any]:
     ]
     return {
         "run": run,
+        "by_rank": [] if run.auto is None else rank_rows(run.auto),
         "maps": maps,
         "others": others,
         "frames": frames,

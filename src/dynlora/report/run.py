@@ -77,6 +77,12 @@ class Run:
         return self.states[-1].ranks if self.states else {}
 
     @property
+    def auto(self) -> dict[str, Any] | None:
+        """What ``target_r="auto"`` tried and chose; None if the budget was given."""
+        found = [event["auto"] for event in self.prunes if isinstance(event.get("auto"), dict)]
+        return found[-1] if found else None
+
+    @property
     def method(self) -> str:
         """Name of the method; dynlora where nothing says another."""
         recipe = self.record.get("recipe", {})

@@ -1,0 +1,54 @@
+"""The report of a run that found its size answers "which rank?"."""
+
+import json
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from dynlora.report.conclusion import conclusion
+from dynlora.report.page import run_charts, write_page
+from dynlora.report.run import read_run, read_runs
+
+FOUND = {
+    "order": "energy", "reference": 2.0, "limit": 2.04, "budget": 30,
+    "tried": [[25, 2.3], [30, 2.03]], "by_rank": [[1, 20, 3.0], [2, 40, 2.006]],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    start = {
+        "event": "start", "step": 0, "time": 0.0, "total_steps": 10, "window": [0, 7],
+        "importance": "sensitivity", "budget": "parameters", "schedule": [[7, 80]],
+        "total_cost": 80, "target_cost": 80, "ranks": {"a": 4, "b": 4},
+        "component_sizes": {"a": 8, "b": 12},
+    }  # fmt: skip
+    prune = {
+        "event": "prune", "step": 7, "time": 1.0, "cost": 28, "live": 5, "cut": 3, "revived": 0,
+        "ranks": {"a": 1, "b": 4}, "importance_kept": [1, 1, 1, 1, 1],
+        "importance_cut": [0, 0, 0, 0, 0], "auto": FOUND,
+    }  # fmt: skip
+    end = {"event": "end", "step": 10, "time": 2.0, "ranks": {"a": 1, "b": 4}, "is_frozen": True}
+    lines = [json.dumps(event) for event in (start, prune, end)]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_the_sentence_on_top_says_what_fixed_ranks_would_have_cost(folder):
+    text = conclusion(read_run(folder))
+    assert "At the size of rank 1 the loss would have changed by +50 %" in text
+    assert "at that of rank 2 by +0.3 %" in text
+
+
+def test_the_curve_shows_the_chosen_point(folder):
+    chart = run_charts(read_run(folder))[0]
+    assert chart.mark == (30, 2.03)
+    assert (80, 2.0) in chart.lines[0].points
+    assert (20, 3.0) in chart.lines[0].points
+
+
+def test_the_page_has_a_row_for_each_rank(folder, tmp_path):
+    page = write_page(read_runs([folder]), tmp_path / "page.html", version="0").read_text("utf-8")
+    assert "Which rank?" in page
+    assert "+50 %" in page
