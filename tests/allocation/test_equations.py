@@ -256,7 +256,9 @@ def test_the_floor_is_kept_in_every_module_with_its_best_components(modules, flo
     flat = torch.tensor([score for scores in modules for score in scores])
     sizes = [len(scores) for scores in modules]
     needed = sum(min(floor, size) for size in sizes)
-    keep = allocation.select_components(flat, ones(flat), needed + extra, floors=[floor] * len(sizes), sizes=sizes)
+    keep = allocation.select_components(
+        flat, ones(flat), needed + extra, floors=[floor] * len(sizes), sizes=sizes
+    )
     assert int(keep.sum()) == min(needed + extra, len(flat))
     for scores, kept in zip(flat.split(sizes), keep.split(sizes), strict=True):
         assert int(kept.sum()) >= min(floor, len(scores))
