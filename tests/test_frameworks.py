@@ -15,6 +15,7 @@ from dynlora import DynLoraCallback, RankAllocator
 
 STEPS = 12
 FREEZE = 6
+AT_RANK_2 = 3 * 2 * 20  # parameters
 
 
 class Net(nn.Module):
@@ -47,6 +48,10 @@ def trainer_of(folder, *, callbacks=None, steps=STEPS):
     return Trainer(adapted(), arguments, train_dataset=rows, callbacks=callbacks)
 
 
+def trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 class AxolotlPlugin:
     """Asked for callbacks with the finished model before the trainer is built."""
 
@@ -72,26 +77,39 @@ def test_a_callback_that_the_trainer_is_built_with_resumes_after_the_freeze(name
     BUILT_WITH[name](tmp_path).train()
     again = BUILT_WITH[name](tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{FREEZE + 2}"))
-    sizes = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (again.model,)]
-    assert sizes[0] <= 2 * 3 * 20
+    assert trained(again.model) <= AT_RANK_2
 
 
-def test_a_callback_that_is_added_later_trains_but_says_that_it_cannot_resume(tmp_path):
-    """ms-swift 4: an entry of callbacks_map is called with the arguments and the trainer."""
-    callbacks_map = {"dynlora": lambda args, trainer: DynLoraCallback(target_r=2)}
+def added_later(folder, *, tells_of_the_model):
+    """ms-swift 4: an entry of ``callbacks_map`` is called with the arguments and the built trainer."""
 
-    def built():
-        trainer = trainer_of(tmp_path)
-        trainer.add_callback(callbacks_map["dynlora"](trainer.args, trainer))
-        return trainer
+    def entry(args, trainer):
+        callback = DynLoraCallback(target_r=2)
+        if tells_of_the_model:
+            callback.on_init_end(args, trainer.state, trainer.control, model=trainer.model)
+        return callback
 
-    first = built()
+    trainer = trainer_of(folder)
+    trainer.add_callback(entry(trainer.args, trainer))
+    return trainer
+
+
+@pytest.mark.parametrize("tells_of_the_model", [False, True])
+def test_a_callback_that_is_added_later_must_be_told_of_the_model_to_resume(
+    tells_of_the_model, tmp_path
+):
+    first = added_later(tmp_path, tells_of_the_model=tells_of_the_model)
     first.train()
-    assert sum(p.numel() for p in first.model.parameters() if p.requires_grad) <= 2 * 3 * 20
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"callbacks=\[DynLoraCallback|size mismatch"
-    ):
-        built().train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{FREEZE + 2}"))
+    assert trained(first.model) <= AT_RANK_2
+    again = added_later(tmp_path, tells_of_the_model=tells_of_the_model)
+    checkpoint = str(tmp_path / f"checkpoint-{FREEZE + 2}")
+    if not tells_of_the_model:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            again.train(resume_from_checkpoint=checkpoint)
+        return
+    again.train(resume_from_checkpoint=checkpoint)
+    assert again.model.state_dict().keys() == first.model.state_dict().keys()
+    assert trained(again.model) == trained(first.model)
 
 
 class Kernel(nn.Module):
