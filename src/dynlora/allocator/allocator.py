@@ -409,11 +409,6 @@ class RankAllocator:
         budget = self.target_cost if is_last else self.budget
         keep = allocation.select_components(scores, costs, budget, floors=self._floors, sizes=sizes)
         keep = broadcast_choice(keep, self.present[0].ema.device)
-        if not bool(keep.any()):
-            raise ValueError(
-                f"no component would stay at step {self.step}: all scores are below 0. A score of your own "
-                "must be 0 or more for what may stay."
-            )
         for module, live in zip(self.modules, keep.split(sizes), strict=True):
             module.live.copy_(live)
         self._masks = Masks(self.modules)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dynlora.allocation import Settings
@@ -236,17 +237,31 @@ def check_weights(modules: Sequence[LoraComponents]) -> None:
     Raises:
         NotFiniteError: one holds NaN or infinity; it names the first module.
     """
-    bad = [
-        m.name
-        for m in modules
-        if not m.is_dropped and not all(bool(torch.isfinite(f.parameter).all()) for f in m.factors)
-    ]
-    if bad:
-        raise NotFiniteError(
-            f"adapter weights of module {bad[0]!r} ({len(bad)} modules in all) are NaN or infinite. Go on "
-            "from a checkpoint before the loss became NaN, with a lower learning rate or clipped "
-            "gradients."
-        )
+    held = {m.name: [f.parameter for f in m.factors] for m in modules if not m.is_dropped}
+    weights = [_local(p.detach()) for parameters in held.values() for p in parameters]
+    weights = [weight for weight in weights if weight.numel()]
+    by_device = [[w for w in weights if w.device == d] for d in {w.device for w in weights}]
+    if all(_are_finite(here) for here in by_device):  # one wait for each device
+        return
+    bad = [n for n, parameters in held.items() if not all(map(_is_finite, parameters))]
+    raise NotFiniteError(
+        f"adapter weights of module {bad[0]!r} ({len(bad)} modules in all) are NaN or infinite. Go on "
+        "from a checkpoint before the loss became NaN, with a lower learning rate or clipped "
+        "gradients."
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    norms = torch._foreach_norm(tensors, float("inf"))
+    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(_local(tensor.detach())).all())
 
 
 def check_not_all_zero(modules: Sequence[LoraComponents], *, step: int, cause: str) -> None:
