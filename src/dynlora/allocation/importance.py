@@ -93,28 +93,31 @@ def component_importance(products: Tensor) -> Tensor:
     return component_norms(products) / (update_norm(products).unsqueeze(-1) + IMPORTANCE_EPS)
 
 
-def component_sensitivities(weight: Tensor, gradient: Tensor) -> Tensor:
-    """First-order estimate of how much the loss changes without each component.
+def component_sensitivities(weight: Tensor, gradient: Tensor, *, dims: Sequence[int]) -> Tensor:
+    """First-order estimate of how much the loss changes without each component, with its sign.
 
-    L(without i) − L ≈ −⟨bᵢ, ∂L/∂bᵢ⟩, hence sᵢ = |⟨bᵢ, ∂L/∂bᵢ⟩|
+    L(without i) − L ≈ −⟨bᵢ, ∂L/∂bᵢ⟩; the importance is the absolute value of ⟨bᵢ, ∂L/∂bᵢ⟩, taken after
+    the sum over all that belongs to the component.
 
-    With a gate c in front of the component, c ∂L/∂c at any c is the same number, and so is
-    ⟨aᵢ, ∂L/∂aᵢ⟩: whichever tensor a layer offers, the score is one. AdaLoRA averages such products over
-    every entry of its triplets; here they are summed before the absolute value is taken.
+    With a gate in front of the component, c ∂L/∂c is the same number, and so is ⟨aᵢ, ∂L/∂aᵢ⟩: whichever
+    tensor a layer offers, the score is one. AdaLoRA averages such products over every entry of its
+    triplets; here they are summed before the absolute value is taken.
 
     Args:
-        weight: B with components in the last dimension, (..., out, rank); or gates, (..., 1, rank).
+        weight: B, A or gates, of one module or a stack of them; changed in place.
         gradient: ∂L/∂weight, the same shape; both from before the step.
+        dims: the dimensions that run within a component; none for gates.
 
     Returns:
-        (..., rank), in fp32 at least.
+        ``weight`` without ``dims``: one number for each component.
 
     Examples:
-        >>> component_sensitivities(torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 3.0]]))
-        tensor([1., 3.])
+        >>> b, g = torch.tensor([[2.0, -1.0], [1.0, 0.0]]), torch.tensor([[0.5, 3.0], [1.0, 9.0]])
+        >>> component_sensitivities(b, g, dims=[0])
+        tensor([ 2., -3.])
     """
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(exact) * gradient.to(exact)).sum(-2).abs()
+    product = weight.mul_(gradient)
+    return product.sum(list(dims)) if dims else product
 
 
 def smooth_importance_(

@@ -167,13 +167,13 @@ def _signed_sums(probes: Sequence[Factor]) -> list[Tensor]:
         probe = probes[rows[0]]
         exact = torch.promote_types(weights[rows[0]].dtype, torch.float32)
         weight = torch.stack([weights[i] for i in rows]).to(exact)
-        product = weight.mul_(torch.stack([gradients[i] for i in rows]).to(exact))
-        others = [d + 1 for d in range(product.ndim - 1) if d != probe.dim]
-        sums = product.sum(others) if others else product
+        gradient = torch.stack([gradients[i] for i in rows]).to(exact)
+        within = [d + 1 for d in range(weight.ndim - 1) if d != probe.dim]
+        sums = allocation.component_sensitivities(weight, gradient, dims=within)
         if probe.copies > 1:
             shape = (probe.copies, -1) if probe.is_grouped else (-1, probe.copies)
             sums = sums.view(len(rows), *shape).sum(1 if probe.is_grouped else 2)
-        del weight, product  # before the next stack is made
+        del weight, gradient  # before the next stack is made
         for i, row in zip(rows, sums.unbind(), strict=True):
             found[i] = row
     return _summed_over_shards(probes, found)
