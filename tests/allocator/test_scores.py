@@ -214,7 +214,7 @@ def test_a_step_after_compaction_only_watches_for_bad_gradients():
 def test_ten_thousand_modules_are_scored_pruned_and_compacted():
     model = many(10_000, width=4, out=4, rank=2)
     optimizer = adamw(model)
-    allocator = RankAllocator(model, optimizer, total_steps=4, target_r=1, prune_start=0.5)
+    allocator = RankAllocator(model, optimizer, total_steps=4, target_r=1, prune_start=0.4)
     for _ in range(4):
         for parameter in model.parameters():
             if parameter.requires_grad:
