@@ -95,6 +95,11 @@ def without_weights(folder):
     (folder / WEIGHTS).unlink()
 
 
+def list_pickled(folder):
+    without_weights(folder)
+    torch.save([1], folder / "adapter_model.bin")
+
+
 def plain_tensors(tensors):
     for key in list(tensors):
         if key.endswith((".c", "ema", "live")):
@@ -113,10 +118,7 @@ HOSTILE = {
     "weights missing": without_weights,
     "weights are a pickle under this name": pickled(WEIGHTS),
     "weights are a pickle": pickled("adapter_model.bin"),
-    "weights are a pickle of a list": lambda folder: (
-        (folder / WEIGHTS).unlink(),
-        torch.save([1], folder / "adapter_model.bin"),
-    ),
+    "weights are a pickle of a list": list_pickled,
     "header of a huge size": text(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
     "tensor of a huge declared shape": header(
         lambda h: h[KEY + "lora_A.weight"].update(shape=[2**40, 7])
