@@ -1,7 +1,7 @@
 """Wrong uses and hostile files: a typed error with a known message, and nothing is harmed by it.
 
-The messages are in errors.json. ``DYNLORA_NEW_ERRORS=1 pytest tests/test_errors.py`` writes it anew; read
-the difference before you commit it.
+The messages are in errors.json; a warning counts as an error here. With ``DYNLORA_NEW_ERRORS=1`` the
+tests write that file instead of comparing with it; read the difference before you commit it.
 """
 
 import json
@@ -16,21 +16,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from bad_input import CONFIG, HOSTILE, WEIGHTS, WRONG_USES
 from dynlora import AdapterFileError, DynLoraConfig
+from hostile_folders import CONFIG, HOSTILE, WEIGHTS
 from small_net import adapted, attached, small_net, train
+from wrong_uses import WRONG_USES
 
 SNAPSHOT = Path(__file__).with_name("errors.json")
-EXPECTED = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-TYPED = (ValueError, TypeError, KeyError, RuntimeError, OSError)
+EXPECTED = json.loads(SNAPSHOT.read_text())
+FOUND: dict[str, str] = {}
+TYPED = (ValueError, TypeError, KeyError, RuntimeError, OSError, ArithmeticError, UserWarning)
 
 
 def check(name, error, folder):
     message = f"{type(error).__name__}: {error}".replace(str(folder), "FOLDER")
+    message = re.sub(r"0x[0-9a-f]+", "0x…", message)
     message = re.sub(r"tensor `[^`]*`", "tensor `…`", message)  # safetensors names any of them
     if os.environ.get("DYNLORA_NEW_ERRORS"):
-        known = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-        text = json.dumps({**known, name: message}, indent=1, sort_keys=True, ensure_ascii=False)
+        FOUND[name] = message
+        text = json.dumps(FOUND, indent=1, sort_keys=True, ensure_ascii=False)
         SNAPSHOT.write_text(text + "\n")
     else:
         assert message == EXPECTED[name]
@@ -38,9 +41,9 @@ def check(name, error, folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with an adapter from the middle of its training."""
+    """A folder with a gated adapter from the middle of its training."""
     folder = tmp_path_factory.mktemp("whole")
-    model, optimizer, _ = attached(total_steps=40)
+    model, optimizer, _ = attached(total_steps=40, gated=True)
     train(model, optimizer, 5)
     model.save_pretrained(folder)
     return folder
@@ -86,21 +89,14 @@ def test_a_wrong_use_is_refused_and_leaves_no_output(tmp_path, name):
 
 def test_every_kept_message_belongs_to_a_case():
     assert EXPECTED.keys() == {*HOSTILE, *WRONG_USES}
-    assert len(EXPECTED) > 100
-
-
-def test_our_own_messages_say_what_to_do():
-    for name, message in EXPECTED.items():
-        if message.startswith("AdapterFileError"):
-            assert len(message) > 60, name
 
 
 @pytest.mark.parametrize("name", [n for n in HOSTILE if n.startswith("config is") or "nested" in n])
-def test_a_config_that_is_none_is_refused_by_our_own_reader(tmp_path, whole, name):
+def test_what_is_not_a_config_is_refused_by_our_own_reader(tmp_path, whole, name):
     folder = tmp_path / "adapter"
     shutil.copytree(whole, folder)
     HOSTILE[name](folder)
-    with pytest.raises(AdapterFileError, match="adapter_config.json (is no JSON|holds a list)"):
+    with pytest.raises(AdapterFileError, match="adapter_config.json (is not JSON|holds a list)"):
         DynLoraConfig.from_pretrained(str(folder))
 
 
@@ -116,7 +112,7 @@ def test_a_hostile_folder_leaves_an_adapter_in_training_as_it_was(tmp_path, whol
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
         HOSTILE[name](folder)
-        model = adapted()
+        model = adapted(gated=True)
         known = traits(model)
         with pytest.raises(AdapterFileError):
             model.load_adapter(folder, "default", is_trainable=True)

@@ -213,19 +213,19 @@ def test_a_rule_of_energy_reports_losses_too(language):
         ("val.txt", "text\na\n", r"must end with .csv or .jsonl"),
         ("val.csv", "text,label\n", r"holds no rows"),
         ("val.csv", "sentence\na film\n", r"no text in row 1; its columns are \['sentence'\]"),
-        ("val.jsonl", "{\n", r"is no jsonl"),
-        ("val.jsonl", "[1]\n", r"line 1 is no object"),
+        ("val.jsonl", "{\n", r"is not a jsonl file"),
+        ("val.jsonl", "[1]\n", r"line 1 is not an object"),
         ("val.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"no label in row 2"),
         ("val.csv", "text\na film\n", r"needs a column 'label'"),
-        ("val.csv", "text,label\na film,pos\n", r"label 'pos' in data is no class"),
-        ("val.csv", "text,label\na film,2\n", r"label '2' in data is no class"),
+        ("val.csv", "text,label\na film,pos\n", r"label 'pos' in data is not a class"),
+        ("val.csv", "text,label\na film,2\n", r"label '2' in data is not a class"),
     ],
 )
 def test_wrong_data_is_named_with_its_rule(classifier, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         shrink_adapter(classifier / "lora", model=str(classifier / "base"), data=tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         shrink_adapter(classifier / "lora", model="base", data=tmp_path / "none.csv")
 
 

@@ -25,7 +25,7 @@ def read_history(path: str | os.PathLike[str]) -> list[Event]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line other than the last is no JSON object with an event and a step.
+        ValueError: a line other than the last is not a JSON object with an event and a step.
     """
     file = Path(path)
     file = file / HISTORY_FILE if file.is_dir() else file

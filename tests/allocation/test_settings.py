@@ -40,8 +40,8 @@ def test_the_borders_are_legal():
     ("given", "error", "message"),
     [
         ({"targetr": 8}, TypeError, r"DynLoraCallback has no argument 'targetr'. Did you mean target_r\?"),
-        ({"xyz": 8}, TypeError, r"no argument 'xyz'. It takes target_r, tolerance"),
-        ({"min_r": 1}, ValueError, r"needs target_r, .* such as DynLoraCallback\(target_r=8\)"),
+        ({"xyz": 8}, TypeError, r"no argument 'xyz'. The settings are target_r, tolerance"),
+        ({"min_r": 1}, ValueError, r"target_r is missing: .* such as target_r=8"),
     ],
 )  # fmt: skip
 def test_a_name_that_is_unknown_or_missing_is_told(given, error, message):

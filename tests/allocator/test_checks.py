@@ -56,10 +56,12 @@ def test_two_different_numbers_of_steps_are_refused():
 
 
 def test_a_target_is_needed_beside_a_stock_config_and_must_not_be_given_beside_a_gated_one():
-    with pytest.raises(ValueError, match="needs target_r, the mean rank per adapted module"):
+    with pytest.raises(
+        ValueError, match="target_r is missing: .* the mean rank per adapted module"
+    ):
         RankAllocator(model := adapted(), adamw(model), total_steps=5)
     model = adapted(gated=True)
-    with pytest.raises(ValueError, match="target_r must not be given beside a DynLoraConfig"):
+    with pytest.raises(ValueError, match="target_r=2 must not be given beside a DynLoraConfig"):
         RankAllocator(model, adamw(model), total_steps=5, target_r=2)
 
 
@@ -224,7 +226,7 @@ def test_the_name_of_an_importance_is_no_score():
 
 def test_scores_that_are_returned_instead_of_written_are_refused_at_the_first_step():
     model, optimizer, allocator = attached(score=lambda modules, _: [m.ema for m in modules])
-    with pytest.raises(TypeError, match="score returned a list, which nobody reads"):
+    with pytest.raises(TypeError, match="score must return None, not list"):
         train(model, optimizer, 1)
     assert allocator.history == []
 
@@ -260,14 +262,14 @@ def test_sensitivities_that_are_all_0_are_refused(gated):
 
     for _ in range(15):
         step()
-    with pytest.raises(ValueError, match="all scores are 0 after 16 steps.* receive no gradient"):
+    with pytest.raises(ValueError, match="all scores are 0 after 16 steps.* have no gradient"):
         step()
     assert all(bool(m.live.all()) for m in allocator.modules)
 
 
 def test_a_first_pruning_at_the_first_steps_says_that_nothing_has_been_learnt():
     model, optimizer, _ = attached(total_steps=2)
-    with pytest.warns(UserWarning, match="pruned at step 1, when none has learned anything"):
+    with pytest.warns(UserWarning, match="pruned at step 1, before any has learned"):
         train(model, optimizer, 2)
 
 
@@ -294,7 +296,8 @@ def test_a_bad_gradient_stops_the_step_before_it_does_harm(kind, bad, gated):
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     allocator.modules[1].factors[kind].parameter.grad.view(-1)[0] = bad
     with pytest.raises(
-        NotFiniteError, match=r"gradient at step 3 in module 'layers.1' \(1 modules in all\)"
+        NotFiniteError,
+        match=r"gradient at step 3 in module 'layers.1' \(modules with such gradients: 1\)",
     ):
         optimizer.step()
     assert allocator.step == 2
@@ -313,11 +316,11 @@ def test_bad_weights_prune_nothing_and_are_not_finalized(importance, gated):
     train(model, optimizer, 19)
     with torch.no_grad():
         allocator.modules[1].factors[1].parameter.view(-1)[0] = float("nan")
-    with pytest.raises(NotFiniteError, match=r"gradient at step 20 in module 'layers.0' \(3 mod"):
+    with pytest.raises(NotFiniteError, match="gradient at step 20 in module 'layers.0' .*: 3"):
         train(model, optimizer, 1)
     assert all(bool(m.live.all()) for m in allocator.modules)
     assert allocator.history == []
-    with pytest.raises(NotFiniteError, match=r"weights of module 'layers.1' \(1 modules in all\)"):
+    with pytest.raises(NotFiniteError, match=r"weights of module 'layers.1' \(.*: 1\)"):
         allocator.finalize_()
 
 

@@ -9,7 +9,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from dynlora._private import calling_self
 from dynlora.allocator.record import five_numbers
-from dynlora.callback.live_logs import LiveLogs, live_fields, stand_first
+from dynlora.callback.live_logs import LiveLogs, live_fields, put_first
 from dynlora.history import HISTORY_FILE, HistoryFile, read_history
 from small_net import attached, train
 from small_trainer import SAVE_ALL, losses_of, trainer_of
@@ -183,7 +183,7 @@ def test_the_live_log_of_a_second_training_replaces_that_of_the_first():
     handler = CallbackHandler([DefaultFlowCallback, Reporter], None, None, None, None)
     for _ in range(2):
         live = LiveLogs(allocator)
-        stand_first(live, handler)
+        put_first(live, handler)
     names = [type(c).__name__ for c in handler.callbacks]
     assert names == ["LiveLogs", "DefaultFlowCallback", "Reporter"]
     assert handler.callbacks[0] is live

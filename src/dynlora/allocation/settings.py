@@ -86,11 +86,11 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not is_number(self.ema_beta) or not 0 <= self.ema_beta < 1:
-            raise ValueError(f"ema_beta={self.ema_beta!r} must lie in [0, 1); the paper has 0.9.")
+            raise ValueError(f"ema_beta={self.ema_beta!r} must lie in [0, 1); the paper uses 0.9.")
         if not is_number(self.dem_weight) or not self.dem_weight >= 0:
             raise ValueError(
                 f"dem_weight={self.dem_weight!r} must be 0 or more: a negative weight would reward uneven "
-                "components. 0 switches DEM off; the paper has 0.1 to 0.5."
+                "components. 0 switches DEM off; the paper uses 0.1 to 0.5."
             )
         if self.total_steps is not None and not (
             is_integer(self.total_steps) and self.total_steps > 0
@@ -113,7 +113,10 @@ class Settings:
             )
         if self.is_auto:
             if not is_integer(self.min_r) or self.min_r < 0:
-                raise ValueError(f"min_r={self.min_r!r} must be an integer of at least 0.")
+                raise ValueError(
+                    f"min_r={self.min_r!r} must be an integer of at least 0: the "
+                    "components that every module keeps."
+                )
             return
         if not is_number(self.target_r) or not float(self.target_r) > 0:
             raise ValueError(
@@ -131,7 +134,7 @@ class Settings:
         if not (is_number(start) and is_number(end) and 0 <= start < end <= 1):
             raise ValueError(
                 f"prune_start={start!r}, prune_end={end!r} must satisfy "
-                "0 <= prune_start < prune_end <= 1: shares of the run; the paper has 0.15 and 0.5."
+                "0 <= prune_start < prune_end <= 1: shares of the run; the paper uses 0.15 and 0.5."
             )
         if not is_integer(self.prune_interval) or self.prune_interval < 1:
             raise ValueError(
@@ -157,13 +160,15 @@ def settings_from(given: dict[str, Any], *, preset: str | None = None, where: st
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{where} has no argument {name!r}.{hint} It takes {', '.join(known)}.")
+            raise TypeError(
+                f"{where} has no argument {name!r}.{hint} The settings are {', '.join(known)}."
+            )
     if preset not in {None, "paper"}:
         raise ValueError(f"preset={preset!r} must be 'paper' or None.")
     if "target_r" not in given:
         raise ValueError(
-            f"{where} needs target_r, the mean rank per adapted module at the end, such as "
-            f"{where}(target_r=8), or target_r='auto'."
+            "target_r is missing: DynLoraCallback and RankAllocator need the mean rank per adapted module "
+            "at the end, such as target_r=8, or target_r='auto'."
         )
     return Settings(**{**(PAPER if preset == "paper" else {}), **given})
 

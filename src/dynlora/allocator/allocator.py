@@ -316,9 +316,12 @@ class RankAllocator:
             ValueError: the state is damaged, another version's or another plan's, or the model's
                 adapter was not restored.
         """
-        if self.settings.is_auto and isinstance(state.get("target_cost"), int):
-            self.target_cost = state["target_cost"]  # found at the freeze, or still the whole
-        check_state(state, self._contract())
+        contract = self._contract()
+        if self.settings.is_auto and isinstance(state, dict):
+            found = state.get("target_cost")  # at the freeze, or still the whole
+            contract["target_cost"] = found if isinstance(found, int) else self.target_cost
+        check_state(state, contract)
+        self.target_cost = contract["target_cost"]
         restore_scores_(state, self.modules)
         self.step, self.is_frozen = state["step"], state["is_frozen"]
         self.start, self.stop = state["window"]
@@ -330,10 +333,10 @@ class RankAllocator:
         return {
             "total_steps": self.total_steps,
             "importance": self.score.name,
-            "total_cost": self.total_cost,
-            "target_cost": self.target_cost,
             **{name: getattr(self.settings, name) for name in KEPT_SETTINGS},
             "modules": self._begun.scalings,
+            "total_cost": self.total_cost,  # last: what the user has set is named before it
+            "target_cost": self.target_cost,
         }
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ class AveragedCopies:
         if [(m.name, m.rank) for m in modules] != ours:
             raise ValueError(
                 f"copy={type(copy).__name__} does not hold adapter {self.adapter!r} with the shapes that "
-                "the model has now. Pass the AveragedModel, or deep copy, of this very model."
+                "the model has now. Pass an AveragedModel or a deep copy of this model."
             )
         self._copies.append((copy, modules))
 

@@ -38,8 +38,8 @@ def known_total_steps(settings: Settings, total_steps: int | None) -> int:
         )
     if total_steps is not None and planned is not None and total_steps != planned:
         raise ValueError(
-            f"total_steps={total_steps} differs from the total_steps={planned} that the adapter's config "
-            "holds. Leave it out of the config to follow the trainer."
+            f"total_steps={total_steps} differs from the total_steps={planned} in the adapter's config. "
+            "Leave it out of the config: the Trainer or RankAllocator(..., total_steps=...) knows it."
         )
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
@@ -90,11 +90,15 @@ def check_target(
     """
     if needed > target:
         fixed = [m.name for m in modules if not m.can_drop]
-        why = f"min_r={settings.min_r}" if settings.min_r else f"{fixed[0]!r} and its like"
+        why = f"every module keeps min_r={settings.min_r}"
+        if not settings.min_r:
+            why = (
+                f"{len(fixed)} of {len(modules)} modules keep one component, because they hold fused "
+                f"experts or their biases are trained, such as {fixed[0]!r}"
+            )
         raise ValueError(
             f"target_r={settings.target_r} asks for {target} {settings.budget}, but {needed} must stay: "
-            f"{why} ({len(fixed)} of {len(modules)} modules cannot lose their last component: fused "
-            "experts, and modules whose biases are trained). Raise target_r."
+            f"{why}. Raise target_r."
         )
     if target < max(
         costs
@@ -102,7 +106,7 @@ def check_target(
         largest = modules[costs.index(max(costs))].name
         raise ValueError(
             f"target_r={settings.target_r} asks for {target} {settings.budget}, but one component of "
-            f"module {largest!r} has {max(costs)}: it could leave no component at all. Raise target_r, or "
+            f"module {largest!r} has {max(costs)}, so perhaps no component could stay. Raise target_r, or "
             "count with budget='components'."
         )
     if target > total:
@@ -214,8 +218,8 @@ class FiniteGuard:
         names = [m.name for m in modules if _has_bad_gradient(m)]
         where = f"module {names[0]!r}" if names else "a module held by another process"
         raise NotFiniteError(
-            f"NaN or infinite gradient at step {step} in {where} ({len(names)} modules in all): the step "
-            "is not made, and nothing is pruned. " + _WAY_OUT
+            f"NaN or infinite gradient at step {step} in {where} (modules with such "
+            f"gradients: {len(names)}): the step is not made, and nothing is pruned. " + _WAY_OUT
         )
 
 
@@ -245,9 +249,9 @@ def check_weights(modules: Sequence[LoraComponents]) -> None:
         return
     bad = [n for n, parameters in held.items() if not all(map(_is_finite, parameters))]
     raise NotFiniteError(
-        f"adapter weights of module {bad[0]!r} ({len(bad)} modules in all) are NaN or infinite. Go on "
-        "from a checkpoint before the loss became NaN, with a lower learning rate or clipped "
-        "gradients."
+        f"adapter weights of module {bad[0]!r} (modules with such weights: {len(bad)}) are NaN or "
+        "infinite. Go on from a checkpoint before the loss became NaN, with a lower learning rate or "
+        "clipped gradients."
     )
 
 
@@ -276,14 +280,13 @@ def check_not_all_zero(modules: Sequence[LoraComponents], *, step: int, cause: s
         return
     if step <= _FIRST_STEPS:
         warnings.warn(
-            f"Components are pruned at step {step}, when none has learned anything: earlier modules keep "
-            "theirs. Train for more steps, or set a later prune_end.",
+            f"Components are pruned at step {step}, before any has learned anything: those of the first "
+            "modules are kept. Train for more steps, or set a later prune_end.",
             stacklevel=2,
         )
         return
     raise ValueError(
-        f"all scores are 0 after {step} steps, so modules would be kept in their order in the model: "
-        f"{cause}. An optimizer that clears gradients inside step(), or a frozen adapter, gives none."
+        f"all scores are 0 after {step} steps, so they do not say which components to keep: {cause}."
     )
 
 
@@ -301,6 +304,6 @@ def check_importance(modules: Sequence[LoraComponents], *, step: int, cause: str
     bad = [m.name for m in modules if not bool(torch.isfinite(m.ema).all())]
     if bad:
         raise NotFiniteError(
-            f"NaN or infinite importance at step {step} in module {bad[0]!r} ({len(bad)} modules "
-            f"in all), from {cause}: nothing is pruned by such scores. " + _WAY_OUT
+            f"NaN or infinite importance at step {step} in module {bad[0]!r} (modules with such "
+            f"scores: {len(bad)}), from {cause}: nothing is pruned by such scores. " + _WAY_OUT
         )

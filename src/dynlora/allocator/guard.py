@@ -42,7 +42,7 @@ def attach(allocator: Listener) -> None:
         _waiting.discard(other)  # of a run that was interrupted before its first step
         if other.optimizer is allocator.optimizer:
             raise ValueError(
-                f"adapter {allocator.adapter!r} has a RankAllocator on this optimizer already, and two "
+                f"adapter {allocator.adapter!r} already has a RankAllocator on this optimizer, and two "
                 "would prune it twice. Give a Trainer one DynLoraCallback; in a loop of your own, detach() "
                 "the first RankAllocator."
             )

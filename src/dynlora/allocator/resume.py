@@ -1,6 +1,7 @@
 """Whether the saved progress of a run belongs to the run that is about to go on."""
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,11 +36,15 @@ def check_state(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it cannot be continued; the message names the field and both values.
     """
-    if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-        found = state.get("version") if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or "version" not in state:
         raise ValueError(
-            f"state has version {found!r}, this dynlora reads {STATE_VERSION}: resume "
-            "with the version that wrote it."
+            f"state={reprlib.repr(state)} does not come from RankAllocator.state_dict(). Pass what that "
+            "returned, or resume from another checkpoint."
+        )
+    if state["version"] != STATE_VERSION:
+        raise ValueError(
+            f"state has version {state['version']!r}, but this dynlora reads version {STATE_VERSION}. "
+            "Resume with the dynlora that wrote it, or start a new run."
         )
     _check_form(state, contract)
     for name, value in contract.items():
@@ -48,7 +53,7 @@ def check_state(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
         elif state[name] != value:
             raise ValueError(
                 f"{name}={value!r} differs from the interrupted run's {state[name]!r}: the schedule or "
-                "the scores would change under way. Resume with the same settings, or start a new run."
+                "the scores would change during the run. Resume with the same settings, or start a new run."
             )
 
 
@@ -67,7 +72,7 @@ def restore_scores_(state: Mapping[str, Any], modules: Sequence[LoraComponents])
             )
         if len(saved["ema"]) != module.rank or len(saved["live"]) != module.rank:
             raise ValueError(
-                f"module {module.name!r} has rank {module.rank}, in the interrupted run it had "
+                f"module {module.name!r} has rank {module.rank}, but in the interrupted run it had "
                 f"{len(saved['ema'])}: load the adapter weights of that run's checkpoint first. A Trainer "
                 "must be given the callback when it is built, callbacks=[DynLoraCallback(...)]; in a loop "
                 "of your own, build the RankAllocator before model.load_state_dict(...)."
@@ -87,8 +92,8 @@ def _check_form(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
     for name, form in {**forms, "modules": dict}.items():
         if not isinstance(state.get(name), form) or (form is int and isinstance(state[name], bool)):
             raise ValueError(
-                f"state holds {name}={state.get(name)!r}, not a {form.__name__}: the file is damaged. "
-                "Resume from another checkpoint."
+                f"state holds {name}={state.get(name)!r}, which must be of type {form.__name__}: the file "
+                "is damaged. Resume from another checkpoint."
             )
     missing = sorted(contract.keys() - state.keys())
     window = state["window"]
@@ -101,8 +106,10 @@ def _check_form(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
         or not 0 <= state["step"] <= contract["total_steps"]
     ):
         raise ValueError(
-            f"state is damaged: step={state['step']!r} of {contract['total_steps']}, window={window!r}, "
-            f"missing {missing}. Resume from another checkpoint."
+            f"state is damaged. It must hold a step from 0 to {contract['total_steps']} (here "
+            f"{state['step']!r}), a window of two steps, the earlier first (here {window!r}), a "
+            f"history of events, and all settings (missing: {', '.join(missing) or 'none'}). Resume from "
+            "another checkpoint."
         )
 
 
@@ -110,8 +117,8 @@ def _check_modules(saved: Mapping[str, float | None], present: Mapping[str, floa
     gone, new = sorted(saved.keys() - present.keys()), sorted(present.keys() - saved.keys())
     if gone or new:
         raise ValueError(
-            f"modules differ from the interrupted run's: {gone[:3]} were adapted there and are not here, "
-            f"{new[:3]} are new. Resume with the same base model and target_modules."
+            f"modules differ from the interrupted run's: adapted only there are {gone[:3]}, only here "
+            f"{new[:3]}. Resume with the same base model and target_modules."
         )
     for name, scaling in present.items():
         was = saved[name]
@@ -122,6 +129,6 @@ def _check_modules(saved: Mapping[str, float | None], present: Mapping[str, floa
         ):
             raise ValueError(
                 f"scaling={scaling!r} of module {name!r} differs from the interrupted run's {was!r}: the "
-                "function would jump. Resume with the same r, lora_alpha, rank_pattern, alpha_pattern and "
-                "use_rslora."
+                "model's outputs would change. Resume with the same r, lora_alpha, rank_pattern, "
+                "alpha_pattern and use_rslora."
             )

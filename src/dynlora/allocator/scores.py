@@ -73,8 +73,8 @@ class OwnScore:
         returned: object = self.score(modules, step)
         if returned is not None:
             raise TypeError(
-                f"score returned a {type(returned).__name__}, which nobody reads: it must write into the "
-                "modules, module.ema.copy_(...) for each of them, and return None."
+                f"score must return None, not {type(returned).__name__}: write the scores into the "
+                "modules, module.ema.copy_(...) for each of them."
             )
 
     def check(self, modules: Sequence[LoraComponents], step: int) -> None:
@@ -84,7 +84,12 @@ class OwnScore:
             ValueError: all are 0, or one is below 0, where components that were pruned stand.
             FloatingPointError: one is NaN or infinite.
         """
-        check_not_all_zero(modules, step=step, cause="your score function wrote into no module.ema")
+        check_not_all_zero(
+            modules,
+            step=step,
+            cause="your score function wrote into no "
+            "module.ema. Call module.ema.copy_(...) for each of the modules",
+        )
         check_importance(modules, step=step, cause="your score function")
         lowest = min((m for m in modules if m.rank), key=lambda m: float(m.ema.min()))
         if float(lowest.ema.min()) < 0:
@@ -137,7 +142,10 @@ class ImportanceScore:
             ValueError: all of it is 0.
             FloatingPointError: it is NaN or infinite somewhere.
         """
-        cause = "the adapter's weights receive no gradient before optimizer.step()"
+        cause = (
+            "the adapter's weights have no gradient when optimizer.step() begins. Unfreeze the adapter, "
+            "and clear gradients before the backward pass, not inside step()"
+        )
         check_not_all_zero(modules, step=step, cause=cause)
         check_importance(modules, step=step, cause="its adapter weights, which are not finite")
 

@@ -1,4 +1,4 @@
-"""Being told of every optimizer step, once, whatever optimizer it is."""
+"""Hooks around every optimizer step, called once a step, whatever optimizer it is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,8 @@ def steppable(optimizer: Any) -> Any:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer={type(optimizer).__name__} must be a torch.optim.Optimizer, whose step hooks "
-            "drive the allocator; pass the inner torch optimizer."
+            "drive the allocator. Pass the optimizer itself, not its name, or the torch optimizer inside "
+            "your wrapper."
         )
     return optimizer
 
@@ -48,20 +49,20 @@ def attach(optimizer: Any, *, before: Hook, after: Hook) -> list[Any]:
 
 
 class _WrappedStep:
-    """A ZeRO optimizer whose ``step`` tells of itself."""
+    """A ZeRO optimizer whose ``step`` calls hooks."""
 
     def __init__(self, optimizer: Any, before: Hook, after: Hook) -> None:
         self.optimizer = optimizer
         step = optimizer.step
 
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def hooked_step(*args: Any, **kwargs: Any) -> Any:
             before(optimizer, (optimizer, *args), kwargs)
             result = step(*args, **kwargs)
             if not optimizer.overflow:
                 after(optimizer, (optimizer, *args), kwargs)
             return result
 
-        optimizer.step = told
+        optimizer.step = hooked_step
 
     def remove(self) -> None:
         """Give the optimizer its own ``step`` back."""

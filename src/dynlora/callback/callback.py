@@ -19,7 +19,7 @@ from dynlora.allocator import RankAllocator
 from dynlora.allocator.record import memory_bytes
 from dynlora.allocator.scores import Score
 from dynlora.callback.held_out import known_evaluate
-from dynlora.callback.live_logs import LiveLogs, RankImage, stand_first
+from dynlora.callback.live_logs import LiveLogs, RankImage, put_first
 from dynlora.history import HistoryFile
 from dynlora.lora.components import configs_of, is_lora
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
@@ -85,10 +85,14 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
                 settings, preset=preset, where="DynLoraCallback"
             )  # fail here, not in train()
         if not is_integer(eval_batches) or eval_batches < 1:
-            raise ValueError(f"eval_batches={eval_batches!r} must be an integer of at least 1.")
+            raise ValueError(
+                f"eval_batches={eval_batches!r} must be an integer of at least 1: how many "
+                "batches the held-out loss is computed on."
+            )
         if "total_steps" in settings:
             raise ValueError(
-                f"total_steps={settings['total_steps']!r} must not be given: the Trainer knows its steps."
+                f"total_steps={settings['total_steps']!r} must not be given: the Trainer knows its "
+                "number of steps. Leave it out."
             )
         self.evaluate = evaluate
         self.eval_batches = eval_batches
@@ -180,7 +184,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._is_complete = state.global_step >= state.max_steps
         if self._is_complete:
             self.allocator.detach()
-        stand_first(LiveLogs(self.allocator, self.rank_image), calling_self(CallbackHandler))
+        put_first(LiveLogs(self.allocator, self.rank_image), calling_self(CallbackHandler))
         self._open_history(args, state)
 
     def on_pre_optimizer_step(
@@ -282,7 +286,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
                 return dict(progress)
         raise ValueError(
             f"The checkpoint at step {state.global_step} holds no progress of {type(self).__name__}: it "
-            "was written without this callback. Resume from a checkpoint of a run with it, or start anew."
+            "was written without this callback. Resume from a checkpoint of a run with it, or start "
+            "a new run."
         )
 
     def _open_history(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -294,9 +299,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             return
         step = state.global_step
         self._file = HistoryFile(args.output_dir, resume_step=step if step > 0 else None)
-        told = {e["step"]: e for e in self._file.events if e["event"] == "prune"}
+        recorded = {e["step"]: e for e in self._file.events if e["event"] == "prune"}
         for entry in allocator.history:
-            entry.update({k: v for k, v in told.get(entry["step"], {}).items() if k != "event"})
+            entry.update({k: v for k, v in recorded.get(entry["step"], {}).items() if k != "event"})
         self._write("start", step=step, **allocator.plan(), memory_bytes=memory_bytes())
 
     def _write_prune_events(self) -> None:
@@ -325,7 +330,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         if self.allocator is None:
             raise RuntimeError(
                 "DynLoraCallback was added after training had begun. Pass it to the Trainer: "
-                "callbacks=[DynLoraCallback()]."
+                "callbacks=[DynLoraCallback(target_r=...)]."
             )
         return self.allocator
 
@@ -359,7 +364,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 def _refuse_rebuilt_callbacks(args: TrainingArguments) -> None:
     if args.restore_callback_states_from_checkpoint:
         raise ValueError(
-            "restore_callback_states_from_checkpoint=True would replace DynLoraCallback by one without "
-            "its functions, and your own object would stay empty. Leave it at False: the callback restores "
-            "its progress by itself."
+            "restore_callback_states_from_checkpoint=True would replace DynLoraCallback by a new one "
+            "without its functions, and the one that you passed would not be used. Leave it at False: "
+            "the callback restores its progress by itself."
         )

@@ -75,7 +75,7 @@ class LiveLogs(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             state.log_history[-1].update(fields)
 
 
-def stand_first(live: LiveLogs, handler: CallbackHandler | None) -> None:
+def put_first(live: LiveLogs, handler: CallbackHandler | None) -> None:
     """Put ``live`` before all callbacks of a Trainer, in place of one of an earlier run.
 
     Args:

@@ -33,7 +33,9 @@ class GatedAdapter(LoraAdapter):
             ValueError: settings are given beside it.
         """
         if given or preset:
-            names = ", ".join(sorted(given)) or "preset"
+            names = (
+                ", ".join(f"{k}={v!r}" for k, v in sorted(given.items())) or f"preset={preset!r}"
+            )
             raise ValueError(
                 f"{names} must not be given beside a DynLoraConfig, which holds the settings itself. Set "
                 "them there, or use a LoraConfig."

@@ -77,8 +77,8 @@ def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
             type_validator(name, value, hints[name])
         except (TypeError, ValueError) as error:
             raise AdapterFileError(
-                f"{CONFIG_FILE} holds {name}={reprlib.repr(value)}, a {type(value).__name__} where PEFT "
-                "expects another type: the file is damaged. Download the folder again."
+                f"{CONFIG_FILE} holds {name}={reprlib.repr(value)} of type {type(value).__name__}, "
+                "where PEFT expects another type: the file is damaged. Download the folder again."
             ) from error
     if fields.get("megatron_core") not in {None, "megatron.core"}:
         raise AdapterFileError(
@@ -110,12 +110,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise AdapterFileError(
-            f"{PICKLE_FILE} holds something else than tensors ({type(error).__name__}): it may run "
-            "code and is refused. Ask for the adapter as safetensors."
+            f"{PICKLE_FILE} holds something other than tensors ({type(error).__name__}): loading it "
+            "could run code, so it is refused. Ask for the adapter as safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(
-            f"{PICKLE_FILE} holds no tensors by name. Ask for the adapter as safetensors."
+            f"{PICKLE_FILE} does not hold a dictionary of tensors. Ask for the adapter as safetensors."
         )
     return tensors
 
@@ -143,7 +143,10 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> StoredAdapter:
         else:
             modules.setdefault(parsed.module, {})[parsed.part] = tensor
     if not modules:
-        raise AdapterFileError(f"{WEIGHTS_FILE} holds no adapter: there is no lora_ entry in it.")
+        raise AdapterFileError(
+            f"{WEIGHTS_FILE} holds no adapter: none of its entries is named "
+            "lora_. Save the adapter with save_pretrained, which names them so."
+        )
     for name, parts in modules.items():
         _check_module(name, parts)
     shapes = {
@@ -156,8 +159,8 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> StoredAdapter:
 def _check_module(name: str, parts: Mapping[str, Tensor]) -> None:
     if "c" not in parts and {"A", "B"} <= parts.keys():
         raise AdapterFileError(
-            f"module {name!r} has factors without gates: this is a plain LoRA, not a DynLora adapter. Load "
-            "it as one (peft_type LORA)."
+            f"module {name!r} has factors without gates: this is a plain LoRA, not a DynLora adapter. Set "
+            f"peft_type to LORA in {CONFIG_FILE} to load it as one."
         )
     is_dropped = parts.keys() == {"ema", "live"} and all(t.numel() == 0 for t in parts.values())
     if not is_dropped and parts.keys() != _RANK_DIM.keys():
@@ -172,11 +175,16 @@ def _check_module(name: str, parts: Mapping[str, Tensor]) -> None:
     )
     if not is_shaped or len({s[_RANK_DIM[p]] for p, s in shapes.items()}) != 1:
         raise AdapterFileError(
-            f"module {name!r} has parts of different ranks: {shapes}. The file is damaged."
+            f"module {name!r} has parts of different ranks: {shapes}. The file is damaged; "
+            "download the folder again."
         )
     for part, tensor in parts.items():
         if tensor.is_floating_point() == (part == "live") or tensor.is_complex():
-            raise AdapterFileError(f"{part} of module {name!r} has dtype {tensor.dtype}: damaged.")
+            raise AdapterFileError(
+                f"{part} of module {name!r} has dtype {tensor.dtype}, but must be "
+                f"{'bool' if part == 'live' else 'real floating point'}: the file is damaged. Download "
+                "the folder again."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterFileError(
                 f"{part} of module {name!r} holds NaN or infinity: the run that wrote it had failed. "

@@ -32,8 +32,8 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
     check_others(model, config, stored)
     if config.target_modules is None or config.target_modules == "all-linear":
         raise AdapterFileError(
-            f"target_modules={config.target_modules!r} is not a list of modules: PEFT writes their names. "
-            f"{CONFIG_FILE} is damaged."
+            f"target_modules={config.target_modules!r} in {CONFIG_FILE} must name the modules, as PEFT "
+            "saves it: the file is damaged. Download the folder again."
         )
     present = {
         name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -43,7 +43,7 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
         if name.removesuffix(OUT_PROJECTION) not in present:
             raise AdapterFileError(
                 f"module {name!r} of the adapter is not in {type(model).__name__}: the adapter was made "
-                f"for another base model ({config.base_model_name_or_path!r}). Load that one."
+                f"for another base model{_its_name(config)}. Load that one."
             )
         module = present.get(name)
         widths = (
@@ -52,8 +52,8 @@ def check_against_base(model: nn.Module, config: Any, stored: StoredAdapter) -> 
         if shapes and widths and (shapes[0][1], shapes[1][0]) != widths:
             raise AdapterFileError(
                 f"module {name!r} maps {widths[0]} to {widths[1]} features, its adapter "
-                f"{shapes[0][1]} to {shapes[1][0]}: it was made for another base model "
-                f"({config.base_model_name_or_path!r}). Load that one."
+                f"{shapes[0][1]} to {shapes[1][0]}: it was made for another base "
+                f"model{_its_name(config)}. Load that one."
             )
     for name in targetable_names(model):
         if _widths(present[name]) and _is_targeted(config, name):
@@ -123,6 +123,11 @@ def check_same_modules(names: list[str], stored: StoredAdapter) -> None:
         )
 
 
+def _its_name(config: Any) -> str:
+    name = config.base_model_name_or_path
+    return f", {name!r}" if name else ""
+
+
 def _is_targeted(config: Any, name: str) -> bool:
     try:
         saved = set(config.modules_to_save or ()) & set(name.split("."))
@@ -130,7 +135,7 @@ def _is_targeted(config: Any, name: str) -> bool:
     except re.error as error:
         raise AdapterFileError(
             f"target_modules, exclude_modules or layers_pattern of {CONFIG_FILE} is not a regular "
-            f"expression ({error}): it is damaged."
+            f"expression: {error}. The file is damaged; download the folder again."
         ) from error
 
 
@@ -144,13 +149,15 @@ def _check_rank(name: str, module: nn.Module, config: Any, stored: StoredAdapter
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     except re.error as error:
         raise AdapterFileError(
-            f"rank_pattern={config.rank_pattern!r} holds no regular expressions ({error})."
+            f"rank_pattern={config.rank_pattern!r} in {CONFIG_FILE} must have regular expressions as keys: "
+            f"{error}. The file is damaged; download the folder again."
         ) from error
     limit = max(MAX_RANK, *(_widths(module) or ()))
     if rank > limit:
         raise AdapterFileError(
             f"module {name!r} has rank {rank} in the config, more than {limit}: {CONFIG_FILE} is "
-            "damaged or made to exhaust the memory."
+            "damaged, or made to exhaust the memory. Download the folder again, from a source that you "
+            "trust."
         )
 
 

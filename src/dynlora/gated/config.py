@@ -36,19 +36,22 @@ _REMOVED: dict[str, Any] = {"schedule": "slow-fast", "forget_pruned": False, "fu
 """Fields that older configs hold, with the only value that is still understood; None for any."""
 
 _REFUSED = {
-    "use_dora": "weight-decomposed DoRA (NVIDIA) is another method",
+    "use_dora": "the magnitude of weight-decomposed DoRA (NVIDIA) has no gate",
     "use_qalora": "QA-LoRA pools the inputs of A",
     "use_bdlora": "block-diagonal LoRA has no rank-one components",
     "kasa_config": "KaSA has gates of its own and changes the base weights",
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA replaces the backward pass of A",
     "arrow_config": "Arrow routes between finished adapters",
-    "alora_invocation_tokens": "activated LoRA is a LoRA variant",
+    "alora_invocation_tokens": "activated LoRA applies the adapter to a part of the tokens only",
     "lora_bias": "a bias in B belongs to no rank-one component",
     "target_parameters": "bare parameters have no LoRA layer that could hold gates",
     "layer_replication": "replicated layers share weights that pruning would cut twice",
     "ensure_weight_tying": "tied factors belong to two modules at once",
 }
+
+_ONLY_STOCK = {"lora_bias", "target_parameters"}
+"""Those of them that DynLoraCallback accepts with a stock LoraConfig."""
 
 
 DYNLORA = extended_peft_type("DYNLORA")
@@ -199,7 +202,9 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, such as 8.")
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1); 0 switches it off."
+            )
 
         highest = max([self.init_r, *(self.rank_pattern or {}).values()])
         if self.target_r != "auto" and self.target_r > highest:
@@ -215,21 +220,22 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
             )
         if self.init_std is not None and not (is_number(self.init_std) and self.init_std > 0):
             raise ValueError(
-                f"init_std={self.init_std!r} must be a number above 0, such as 0.02, or None to leave the "
-                "start to init."
+                f"init_std={self.init_std!r} must be a number above 0, such as 0.02, or None to start as "
+                "init says."
             )
 
     def _check_variants(self) -> None:
         for name, reason in _REFUSED.items():
             if getattr(self, name, None):
+                how = "with DynLoraCallback" if name in _ONLY_STOCK else "without dynlora"
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} cannot be combined with dynlora: {reason}. Leave "
-                    f"{name} at its default, or use peft.LoraConfig."
+                    f"{name}={getattr(self, name)!r} cannot be combined with gates: {reason}. Leave "
+                    f"{name} at its default, or train a peft.LoraConfig {how}."
                 )
         if self.init_lora_weights not in (True, False):
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} must be True or False: dynlora draws A "
-                "and B itself. Use init_std to choose how."
+                f"init_lora_weights={self.init_lora_weights!r} must be True or False: DynLoraConfig "
+                "draws A and B itself. Choose how with init or init_std, or use peft.LoraConfig."
             )
 
 

@@ -18,7 +18,7 @@ _NO_COMPONENTS = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA replaces the backward pass of A",
     "arrow_config": "Arrow routes between finished adapters",
-    "alora_invocation_tokens": "activated LoRA is another forward pass",
+    "alora_invocation_tokens": "activated LoRA applies the adapter to a part of the tokens only",
     "layer_replication": "replicated layers share weights that would be pruned twice",
     "ensure_weight_tying": "tied factors belong to two modules at once",
 }
@@ -40,7 +40,7 @@ class LoraAdapter:
 
     def settings(self, given: dict[str, Any], preset: str | None) -> Settings:
         """The settings of the run, from what the user gave."""
-        return settings_from(given, preset=preset, where="DynLoraCallback")
+        return settings_from(given, preset=preset, where="RankAllocator")
 
     def check(self) -> None:
         """Refuse LoRA variants that have no components to compare.
@@ -70,8 +70,8 @@ class LoraAdapter:
             return None
         start = self.start.config.init_lora_weights
         return (
-            f"init_lora_weights={start!r} changed the base weights by the ranks of the start, and PEFT "
-            "does so again at each load: pruned components stay in the adapter as zeros. Save with "
+            f"init_lora_weights={start!r} changed the base weights according to the initial ranks, and "
+            "PEFT does so again at each load, so pruned components stay in the adapter as zeros. Save with "
             "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...) to get a LoRA of "
             "the unchanged base, then make it smaller with `dynlora shrink`."
         )

@@ -224,10 +224,10 @@ def _size_chart(run: Run) -> Chart:
 def _importance_chart(run: Run) -> Chart:
     lines, bands = [], []
     for color, (key, name) in enumerate((("importance_kept", "kept"), ("importance_cut", "cut"))):
-        told = [(e["step"], e[key]) for e in run.prunes if e.get(key)]
-        steps = [step for step, _ in told]
-        lines.append(Line(f"{name}: median", [(s, five[2]) for s, five in told], color=color))
-        bands.append(Band(steps, [f[1] for _, f in told], [f[3] for _, f in told], color))
+        known = [(e["step"], e[key]) for e in run.prunes if e.get(key)]
+        steps = [step for step, _ in known]
+        lines.append(Line(f"{name}: median", [(s, five[2]) for s, five in known], color=color))
+        bands.append(Band(steps, [f[1] for _, f in known], [f[3] for _, f in known], color))
     return Chart(
         "Importance of kept and cut components",
         _IMPORTANCE_UNITS.get(run.importance, "score"),

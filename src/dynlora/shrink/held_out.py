@@ -225,7 +225,7 @@ class HeldOut:
                 number = int(label)
             if number is None or number >= self._model.config.num_labels:
                 raise ValueError(
-                    f"label {label!r} in data is no class of the model, which has "
+                    f"label {label!r} in data is not a class of the model, which has "
                     f"{self._model.config.num_labels}; write the numbers 0, 1, … of the training, or the "
                     f"names in the base's config: {sorted(known)}."
                 )

@@ -34,7 +34,9 @@ def read_rows(path: Path) -> Rows:
         ValueError: it is of another kind, damaged, empty, or lacks a text or a label somewhere.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data={str(path)!r} is no file; name a .csv or .jsonl of texts.")
+        raise FileNotFoundError(
+            f"data={str(path)!r} is not a file; name a .csv or .jsonl of texts."
+        )
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix not in readers:
         raise ValueError(f"data={str(path)!r} must end with .csv or .jsonl.")
@@ -60,7 +62,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"data={str(path)!r} is no csv in UTF-8: {error}.") from error
+        raise ValueError(f"data={str(path)!r} is not a csv file in UTF-8: {error}.") from error
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -70,7 +72,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is no object")
+                        raise ValueError(f"line {number} is not an object")
                     yield row
     except ValueError as error:
-        raise ValueError(f"data={str(path)!r} is no jsonl in UTF-8: {error}.") from error
+        raise ValueError(f"data={str(path)!r} is not a jsonl file in UTF-8: {error}.") from error

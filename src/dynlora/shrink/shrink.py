@@ -112,7 +112,7 @@ def shrink_adapter(
     Raises:
         FileNotFoundError: there is no adapter, or no data.
         FileExistsError: ``out`` exists.
-        ValueError: the adapter is no plain LoRA, or an argument is wrong.
+        ValueError: the adapter is not a plain LoRA, or an argument is wrong.
         RuntimeError: what was written, read back, is not what it should be; nothing stays.
     """
     start = time.perf_counter()

@@ -114,7 +114,7 @@ def read(folder: Path) -> Adapter:
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
-        ValueError: it is no plain LoRA, is damaged, or holds tensors that are not understood.
+        ValueError: it is not a plain LoRA, is damaged, or holds tensors that are not understood.
     """
     stored = _stored_config(folder)
     factors, others = _sorted_tensors(folder)
@@ -180,7 +180,7 @@ def _sorted_tensors(
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no mapping
     except SafetensorError as error:
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} is no whole safetensors file: {error}."
+            f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}."
         ) from error
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)

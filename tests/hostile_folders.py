@@ -1,16 +1,10 @@
-"""Hostile adapter folders and wrong uses, by name; test_errors.py runs each and keeps its message."""
+"""Hostile folders of gated adapters, by name; test_errors.py loads each and keeps its message."""
 
 import json
 import pickle
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
-
-from dynlora import DynLoraConfig, RankAllocator, dem_loss, export_lora, finalize_, warm_start_
-from small_net import adamw, adapted, attached, small_net, train
-from wrong_settings import REFUSED
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.layers.1."
@@ -101,6 +95,11 @@ def without_weights(folder):
     (folder / WEIGHTS).unlink()
 
 
+def list_pickled(folder):
+    without_weights(folder)
+    torch.save([1], folder / "adapter_model.bin")
+
+
 def plain_tensors(tensors):
     for key in list(tensors):
         if key.endswith((".c", "ema", "live")):
@@ -119,10 +118,7 @@ HOSTILE = {
     "weights missing": without_weights,
     "weights are a pickle under this name": pickled(WEIGHTS),
     "weights are a pickle": pickled("adapter_model.bin"),
-    "weights are a pickle of a list": lambda folder: (
-        (folder / WEIGHTS).unlink(),
-        torch.save([1], folder / "adapter_model.bin"),
-    ),
+    "weights are a pickle of a list": list_pickled,
     "header of a huge size": text(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
     "tensor of a huge declared shape": header(
         lambda h: h[KEY + "lora_A.weight"].update(shape=[2**40, 7])
@@ -186,77 +182,3 @@ HOSTILE = {
     "config of NVIDIA's DoRA": configure(use_dora=True),
     "config with a path to save": configure(modules_to_save={"../x": 1}),
 }
-
-
-def plain_lora(**fields):
-    return get_peft_model(small_net(), LoraConfig(r=3, target_modules=["0", "1"], **fields))
-
-
-def past_the_end(_folder):
-    model, optimizer, _ = attached(total_steps=2)
-    train(model, optimizer, 3)
-
-
-def optimizer_of_something_else(_folder):
-    model = adapted()
-    RankAllocator(model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), total_steps=5)
-
-
-def export_to_a_file(folder):
-    model, optimizer, _ = attached()
-    train(model, optimizer, 3)
-    (folder / "file").write_text("mine")
-    export_lora(model, folder / "file")
-
-
-def frozen(model):
-    return model.requires_grad_(False)
-
-
-def grouped_convolution(_folder):
-    net = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2))
-    get_peft_model(net, DynLoraConfig(target_modules=["0"]))
-
-
-WRONG_USES = {
-    "no target matches": lambda _: adapted(target_modules=["nowhere"]),
-    "budget above the start": lambda _: attached(rank_pattern={"0": 1}, target_r=4),
-    "no number of steps": lambda _: RankAllocator(m := adapted(), adamw(m)),
-    "two numbers of steps": lambda _: attached(total_steps=8)[0] and attached_twice(),
-    "no adapter": lambda _: RankAllocator(n := small_net(), adamw(n), total_steps=5),
-    "a plain LoRA": lambda _: RankAllocator(m := plain_lora(), adamw(m), total_steps=5),
-    "frozen adapter": lambda _: RankAllocator(
-        frozen(adapted()), adamw(plain_lora()), total_steps=5
-    ),
-    "optimizer of something else": optimizer_of_something_else,
-    "optimizer that is none": lambda _: RankAllocator(adapted(), "adamw", total_steps=5),
-    "no allocator": lambda _: train(m := adapted(), adamw(m), 1),
-    "another optimizer": lambda _: train((m := attached()[0]), adamw(m), 1),
-    "steps past the end": past_the_end,
-    "finalize before a step": lambda _: attached()[2].finalize_(),
-    "freeze before a step": lambda _: attached()[2].freeze_(),
-    "finalize an untrained adapter": lambda _: finalize_(adapted()),
-    "finalize a plain LoRA": lambda _: finalize_(plain_lora()),
-    "finalize another name": lambda _: finalize_(adapted(), "other"),
-    "penalty without an adapter": lambda _: dem_loss(small_net()),
-    "export an untrained adapter": lambda folder: export_lora(adapted(), folder / "out"),
-    "export onto a file": export_to_a_file,
-    "export a model without an adapter": lambda folder: export_lora(small_net(), folder / "out"),
-    "warm start of a frozen LoRA": lambda _: warm_start_(frozen(plain_lora()), target_r=2),
-    "warm start above the rank": lambda _: warm_start_(plain_lora(), target_r=5),
-    "warm start of NVIDIA's DoRA": lambda _: warm_start_(plain_lora(use_dora=True), target_r=2),
-    "warm start of a DynLora": lambda _: warm_start_(adapted(), target_r=2),
-    "weighted adapters": lambda _: adapted().add_weighted_adapter(["default"], [1.0], "new"),
-    "grouped convolution": grouped_convolution,
-    "state of nothing": lambda _: attached()[2].load_state_dict({}),
-    "state that is a list": lambda _: attached()[2].load_state_dict([1]),
-    **{
-        f"config {fields}": (lambda _, fields=fields: DynLoraConfig(**fields))
-        for fields, _ in REFUSED
-    },
-}
-
-
-def attached_twice():
-    model = adapted(total_steps=9)
-    return RankAllocator(model, adamw(model), total_steps=8)
