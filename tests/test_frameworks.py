@@ -55,7 +55,7 @@ def trained(model):
 class AxolotlPlugin:
     """Asked for callbacks with the finished model before the trainer is built."""
 
-    def add_callbacks_pre_trainer(self, cfg, model):
+    def add_callbacks_pre_trainer(self, _cfg, model):
         return [DynLoraCallback(target_r=2, min_r=1)]
 
 

@@ -13,7 +13,7 @@ from dynlora.lora.components import find_components
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(11, 6)
+        self.add_module("embed", nn.Embedding(11, 6))
         self.mixed = nn.MultiheadAttention(6, 2)
         self.wide = nn.Linear(6, 9)
         self.same = nn.Linear(6, 9)

@@ -239,13 +239,9 @@ def test_uniform_pads_every_module_to_the_largest_kept_rank(every_layer):
 
 
 def test_energy_keeps_the_fewest_parameters_and_wide_modules_pay(tmp_path):
-    class Widths(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wide, self.slim = nn.Linear(64, 64), nn.Linear(4, 4)
-
+    widths = nn.ModuleDict({"wide": nn.Linear(64, 64), "slim": nn.Linear(4, 4)})
     folder = tmp_path / "in"
-    model = get_peft_model(Widths(), LoraConfig(r=2, target_modules=["wide", "slim"]))
+    model = get_peft_model(widths, LoraConfig(r=2, target_modules=["wide", "slim"]))
     with torch.no_grad():
         for name, size in ("wide", 64), ("slim", 4):
             layer = getattr(model.base_model.model, name)

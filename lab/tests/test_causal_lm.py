@@ -4,9 +4,12 @@ import math
 from itertools import pairwise
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from dynlora_lab.tasks.causal_lm import Options, read
+from dynlora_lab.tasks.plan import plan
+from dynlora_lab.tasks.recipe import recipe_from
+from dynlora_lab.tasks.run import run
 from dynlora_lab.tasks.typed_fields import RecipeError
 from tiny_recipes import run_rows, save_model, splits_of, tiny_tokenizer
 
@@ -99,3 +102,54 @@ def test_options_that_exclude_each_other_are_refused():
         Options(generate="rouge")
     with pytest.raises(ValueError, match="packing=True joins rows of plain text"):
         Options(layout="instruction", packing=True)
+
+
+def recipe_of(tmp_path, model, **options):
+    return recipe_from(
+        {
+            "task": "causal-lm",
+            "model": model,
+            "output": str(tmp_path / "out"),
+            "data": {"name": "unused"},
+            "options": {"max_length": 16, **options},
+            "adapter": {"target_r": 2, "init_r": 3, "prune_interval": 2},
+            "training": {"num_train_epochs": 6, "per_device_train_batch_size": 2},
+        }
+    )
+
+
+def test_a_dry_run_counts_the_rows_that_packing_makes(tmp_path):
+    rows = splits_of(TEXTS + [{"text": "one two"}] * 7)
+    chosen = recipe_of(tmp_path, save_base(tmp_path / "base"), packing=True)
+    foretold = plan(chosen, rows)
+    assert not chosen.output.exists()
+    record = run(chosen, splits=rows).record
+    assert (
+        foretold.steps == record["steps"] < 6 * 12
+    )  # 23 rows in batches of 2, if none were packed
+    assert foretold.train_rows == 23
+
+
+def test_a_dry_run_leaves_out_rows_whose_answer_is_cut_off(tmp_path):
+    long = {"prompt": " ".join(NUMBERS * 4), "answer": "two"}
+    rows = splits_of([*PAIRS, *[long] * 10], PAIRS)
+    chosen = recipe_of(tmp_path, save_base(tmp_path / "base"), layout="instruction")
+    assert plan(chosen, rows).steps == 6 * len(PAIRS) // 2
+
+
+def test_a_dry_run_refuses_an_encoder(tmp_path):
+    tokenizer = tiny_tokenizer([" ".join(NUMBERS)], eos_token="[SEP]")  # noqa: S106
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = save_model(tmp_path / "bert", BertForMaskedLM(config), tokenizer)
+    with pytest.raises(RecipeError, match="is a bert, an encoder, which sees the words"):
+        plan(recipe_of(tmp_path, model), splits_of(TEXTS))
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer"])
+def test_an_instruction_without_words_or_answer_is_refused(column):
+    odd = [*PAIRS, {**PAIRS[0], column: " "}]
+    with pytest.raises(RecipeError, match=f"row 20 of train has nothing in column '{column}'"):
+        read(Options(layout="instruction"), splits_of(odd))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynlora_lab.tasks.data import DataSource, need_columns, need_texts, read_splits
+from dynlora_lab.tasks.data import DataSource, need_columns, need_filled, need_texts, read_splits
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 
@@ -117,3 +117,51 @@ def test_empty_and_numeric_text_columns_are_refused(tmp_path):
         need_texts(splits, ["empty"])
     with pytest.raises(RecipeError, match="holds int values such as 0, not texts"):
         need_texts(splits, ["label"])
+
+
+CELLS = [f'"text {i},\nsecond line",{i % 2}' for i in range(30)]
+
+
+def test_a_blank_cell_is_named_by_its_line_whatever_the_shuffle(tmp_path):
+    cells = [*CELLS[:11], "blank,", *CELLS[11:]]
+    name = write(tmp_path / "rows.csv", "\n".join(["text,label", "", *cells]) + "\n")
+    for share in (0.15, 0.9):  # once in train, once in the evaluation split
+        splits = read_splits(DataSource(name=name, eval_share=share))
+        assert "__row__" not in splits.train.column_names
+        # the header, an empty line, eleven rows of two lines
+        with pytest.raises(
+            RecipeError, match=r"line 25 of rows\.csv has nothing in column 'label'"
+        ):
+            need_filled(splits, ["label"])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "place"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n\n{"text": null}\n{"text": "c"}\n', "line 3 of rows.jsonl"),
+        ("rows.json", '[{"text": "a"}, {"text": ""}, {"text": "c"}]', "row 2 of rows.json"),
+        ("rows.tsv", "text\tlabel\na\t1\n\t1\nc\t1\n", "line 3 of rows.tsv"),
+    ],
+)
+def test_each_format_names_a_row_as_an_editor_finds_it(tmp_path, file, text, place):
+    splits = read_splits(DataSource(name=write(tmp_path / file, text)))
+    with pytest.raises(RecipeError, match=f"{place} has nothing in column 'text'"):
+        need_filled(splits, ["text"])
+
+
+def test_a_row_of_a_folder_is_named_by_its_file(tmp_path):
+    write(tmp_path / "train.csv", "text,label\na,1\n")
+    write(tmp_path / "validation.csv", "text,label\na,1\nb,\n")
+    with pytest.raises(RecipeError, match=r"line 3 of validation\.csv"):
+        need_filled(read_splits(DataSource(name=str(tmp_path))), ["label"])
+
+
+def test_blank_texts_are_counted_and_the_first_is_named(tmp_path):
+    write(tmp_path / "train.csv", 'text,label\na,1\n,0\n"  ",1\n')
+    write(tmp_path / "test.csv", "text,label\nx,1\n")
+    splits = read_splits(DataSource(name=str(tmp_path)))
+    (note,) = need_texts(splits, ["text"])
+    assert note.startswith(
+        "2 of 3 texts in column 'text' of train are blank and are used as they are"
+    )
+    assert "line 3 of train.csv" in note

@@ -80,7 +80,7 @@ def test_every_recipe_is_planned_on_the_real_layout(tmp_path, task):
     ],
 )
 def test_one_run_measures_what_the_paper_shows(tmp_path, task, metrics):
-    record = run(glue_recipe(tmp_path, task, "--max_steps", "3", "--eval_strategy", "no")).record
+    record = run(glue_recipe(tmp_path, task, "--max_steps", "8", "--eval_strategy", "no")).record
     assert metrics <= set(record["metrics"])
     assert all(-1 <= record["metrics"][name] <= 1 for name in metrics)
     names = {
@@ -92,5 +92,5 @@ def test_one_run_measures_what_the_paper_shows(tmp_path, task, metrics):
 
 def test_the_hidden_labels_of_a_test_split_are_refused(tmp_path):
     recipe = glue_recipe(tmp_path, "cola", "--evals", "test")
-    with pytest.raises(ValueError, match=r"row 0 of eval has the label (-1|None)"):
+    with pytest.raises(ValueError, match=r"row 1 of test\.parquet has the label -1"):
         plan(recipe)

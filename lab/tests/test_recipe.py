@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from dynlora_lab.tasks.recipe import read_recipe, recipe_from
+from dynlora_lab.methods.options import NOT_OFFERED
+from dynlora_lab.tasks.recipe import known_fields, read_recipe, recipe_from
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 PLAIN = {
@@ -64,6 +65,17 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
         (["--seed", "["], "cannot be read as YAML"),
         (["--data", "rows.csv"], "data is 'rows.csv'; write fields below it"),
         (["--data.xyz", "1"], r"unknown field 'data\.xyz'; known are config, eval_share, .*train"),
+        (
+            ["--adapter.r", "8"],
+            r"field 'adapter\.r' may not be given: write target_r, the mean rank at the end, and init_r",
+        ),
+        (["--use_rslora", "true"], "option '--use_rslora' may not be given: every .* square root"),
+        (["--adapter.use_rslora", "true"], r"field 'adapter\.use_rslora' may not be given: every"),
+        (["--adapter.init_lora_weights", "pissa"], "every method starts from PEFT's default"),
+        (["--init_lora_weights", "pissa"], "every method starts from PEFT's default"),
+        (["--adapter.use_dora", "true"], "recipes do not offer this field of LoraConfig; leave it"),
+        (["--adapter.xyz", "1"], r"unknown field 'adapter\.xyz'; known are bottleneck, budget"),
+        (["--training.lr", "1"], r"'training\.lr' may not be given: it is called learning_rate"),
         (["--training.xyz", "1"], "unknown field 'training.xyz'; no known one is near it; docs/"),
     ],
 )
@@ -71,6 +83,10 @@ def test_mistakes_name_the_field_the_rule_and_the_way_out(overrides, message):
     with pytest.raises(RecipeError, match=message) as caught:
         recipe_from(PLAIN, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_no_field_of_ours_is_refused_as_one_of_lora_config():
+    assert not NOT_OFFERED.keys() & known_fields(recipe_from(PLAIN).family)["adapter"]
 
 
 def test_a_name_that_two_sections_know_must_be_written_out():

@@ -46,6 +46,7 @@ def test_a_run_writes_with_beam_search_and_scores_texts(tmp_path, base, rows, op
         task="seq2seq",
         model=base,
         options={"max_target_length": 12, "num_beams": 2, **options},
+        training={"num_train_epochs": 8},
     ).record
     assert {f"eval_{name}" for name in metrics} <= record["metrics"].keys()
     assert record["baselines"].keys() >= metrics
@@ -59,7 +60,7 @@ def test_modules_trained_whole_are_head_and_not_adapter(tmp_path, base):
         task="seq2seq",
         model=base,
         options={"max_target_length": 8, "num_beams": 1, "train_fully": ["encoder_attn"]},
-        training={"max_steps": 2},
+        training={"max_steps": 8},
     )
     assert all(".encoder_attn." not in name for name in result.record["ranks"])
     assert result.record["budget"]["head_parameters"] == 4 * (32 * 32 + 32)

@@ -60,6 +60,7 @@ def test_a_run_hears_short_windows_and_counts_wrong_words(tmp_path):
         task="speech-to-text",
         model=save_base(tmp_path / "base"),
         options={"max_seconds": 1.0, "max_target_length": 8},
+        training={"num_train_epochs": 8},
     )
     assert result.record["metrics"]["eval_wer"] >= 0.0
     assert result.prepared.model.config.max_source_positions == 50

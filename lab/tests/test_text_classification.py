@@ -44,7 +44,7 @@ def test_labels_may_be_words_numbers_or_class_labels():
     [
         ("ab", "c", {}, "label 'c' occurs in the evaluation split but not in train"),
         ("aa", "a", {}, r"holds 1 class\(es\) to train on"),
-        (["a", "b", None], "a", {}, "row 2 of train has the label None"),
+        (["a", "b", None], "a", {}, "row 2 of train has nothing in column 'label'"),
         ([0.5, 1.5], [0.5], {}, "holds fractions; set options.is_regression"),
         ("ab", "a", {"is_regression": True}, "label 'a', which is no number"),
         ("ab", "a", {"label": "y"}, "column 'y' is missing in train"),
@@ -58,7 +58,7 @@ def test_unfit_labels_are_refused(train, evals, options, message):
 
 def test_unlabelled_rows_of_a_class_column_are_refused():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    with pytest.raises(RecipeError, match="row 0 of eval has the label -1"):
+    with pytest.raises(RecipeError, match="row 0 of the evaluation split has the label -1"):
         read(Options(), splits_of(labelled(1, 0), labelled(-1), features))
 
 

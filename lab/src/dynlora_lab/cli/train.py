@@ -83,7 +83,11 @@ def plan_view(planned: Plan) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     counts = " + ".join(f"{n:,} {name}".strip() for name, n in planned.eval_rows.items())
     table.add_row("rows", f"{planned.train_rows:,} to train on, {counts} to measure on")
+    for note in planned.notes:
+        table.add_row("", note)
     table.add_row("optimizer steps", f"{planned.steps:,}")
+    if planned.components_start:
+        table.add_row("components, at the start", f"{planned.components_start:,}")
     for name, number in planned.parameters.items():
         table.add_row(f"parameters, {name.replace('_', ', at the ')}", f"{number:,}")
     table.add_row("memory", f"{planned.memory_bytes / 2**20:,.0f} MiB, without activations")

@@ -5,8 +5,31 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from peft import LoraConfig
+
 from dynlora.allocation import Settings
 from dynlora.gated.config import Init
+
+_ELSEWHERE = {
+    "r": "write target_r, the mean rank at the end, and init_r, the rank at the start",
+    "rank": "it is called target_r",
+    "alpha": "it is called lora_alpha",
+    "dropout": "it is called lora_dropout",
+    "use_rslora": (
+        "every method scales by lora_alpha / target_r; for the scale of rsLoRA multiply lora_alpha by "
+        "the square root of target_r"
+    ),
+    "init_lora_weights": (
+        "every method starts from PEFT's default; train with another start in a script of your own, "
+        "with PEFT's LoraConfig"
+    ),
+    "rank_pattern": "write ranks, the rank by module name, with method lora",
+    "bias": "it is 'none'; method bitfit trains the biases",
+    "modules_to_save": "the head is trained and saved by itself",
+    "task_type": "the recipe's field task decides it",
+    "layers_to_transform": "name the layers in target_modules, as a regular expression",
+    "layers_pattern": "name the layers in target_modules, as a regular expression",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +106,13 @@ class AdapterOptions(Settings):
         """The fields of Settings by name, without the length of the run, which the Trainer knows."""
         names = [f.name for f in dataclasses.fields(Settings) if f.name != "total_steps"]
         return {name: getattr(self, name) for name in names}
+
+
+_OURS = {f.name for f in dataclasses.fields(AdapterOptions)}
+
+NOT_OFFERED: dict[str, str] = {
+    f.name: "recipes do not offer this field of LoraConfig; leave it out, or train in a script of your own"
+    for f in dataclasses.fields(LoraConfig)
+    if f.name not in _OURS
+} | _ELSEWHERE
+"""Names that people know from PEFT and that are no field here, each with the way out."""

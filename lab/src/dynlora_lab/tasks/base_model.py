@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -145,14 +146,28 @@ def _skeleton(auto_class: Any, config: PreTrainedConfig) -> tuple[PreTrainedMode
 
 
 def outside_the_trunk(model: PreTrainedModel) -> list[str]:
-    """Modules with weights beside the pretrained trunk, the embeddings' tied copies excepted."""
-    trunk = model.base_model_prefix
-    tied = {id(model.get_output_embeddings())} if model.get_output_embeddings() else set()
+    """Modules with weights beside the pretrained trunk, the output embeddings excepted.
+
+    The trunk is the attribute that ``base_model_prefix`` names. Some models have none (T5's and mT5's
+    for conditional generation hold encoder and decoder themselves): there it is every module that the
+    architecture's bare model has too.
+    """
+    prefix = model.base_model_prefix
+    is_nested = model.base_model is not model
+    bare = set() if is_nested else _module_names(model.config)
+    output = model.get_output_embeddings()
     return sorted(
         name
         for name, module in model.named_modules()
         if name
-        and not name.startswith(trunk)
-        and id(module) not in tied
+        and not (f"{name}.".startswith(f"{prefix}.") if is_nested else name in bare)
+        and module is not output
         and any(True for _ in module.parameters(recurse=False))
     )
+
+
+def _module_names(config: PreTrainedConfig) -> set[str]:
+    """Names of the modules of the architecture's model without a head."""
+    with torch.device("meta"):
+        bare = AutoModel.from_config(config)
+    return {name for name, _ in bare.named_modules()}

@@ -1,5 +1,6 @@
 """Causal language models on plain text or instructions, through TRL's SFTTrainer."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -7,12 +8,19 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    EvalPrediction,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from dynlora_lab.tasks.base_model import BaseModel
-from dynlora_lab.tasks.data import Splits, need_columns, need_texts
+from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.perplexity import perplexity, row_losses
 from dynlora_lab.tasks.scoring.summaries import rouge_scores
@@ -21,6 +29,13 @@ from dynlora_lab.tasks.typed_fields import RecipeError
 
 Layout = Literal["text", "instruction", "messages"]
 Generation = Literal["rouge", "bleu"]
+
+PREPARING = (
+    "seed", "max_length", "packing", "packing_strategy", "truncation_mode", "shuffle_dataset",
+    "dataset_text_field", "dataset_num_proc", "dataset_kwargs", "completion_only_loss",
+    "assistant_only_loss", "chat_template_path", "eos_token", "pad_token",
+)  # fmt: skip
+"""Arguments that decide which rows TRL makes."""
 
 SCORES: dict[str, Callable[[list[str], list[str]], dict[str, float]]] = {
     "rouge": rouge_scores,
@@ -88,11 +103,15 @@ def read(options: Options, splits: Splits) -> TaskData:
     Raises:
         RecipeError: a column is missing or empty, or messages do not end in an answer.
     """
-    _check_columns(options, splits)
-    shaped = partial(_shaped, options=options, where=splits.where)
+    notes = _check_columns(options, splits)
+    shaped = partial(_shaped, options=options)
     return TaskData(
-        train=shaped(splits.train, split="train"),
-        evals={name: shaped(rows, split=name or "eval") for name, rows in splits.evals.items()},
+        train=shaped(splits.train, place=partial(splits.place, "train")),
+        evals={
+            name: shaped(rows, place=partial(splits.place, name or EVAL))
+            for name, rows in splits.evals.items()
+        },
+        notes=notes,
     )
 
 
@@ -100,6 +119,7 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     """Model and tokenizer; TRL itself puts the chat template around, tokenises and packs."""
     tokenizer = base.tokenizer()
     model, new = base.model(AutoModelForCausalLM)
+    _need_decoder(model, base.name)
     as_chat = partial(_templated, has_template=tokenizer.chat_template is not None)
     evals = {name: as_chat(rows) for name, rows in data.evals.items()}
     return Prepared(
@@ -112,10 +132,28 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     )
 
 
-def _check_columns(options: Options, splits: Splits) -> None:
+def _need_decoder(model: PreTrainedModel, name: str) -> None:
+    """Refuse an encoder, for which transformers has a class of this task too.
+
+    It attends to the tokens that it is to predict, and would learn to copy them. Decoders that are
+    split off an encoder-decoder set ``is_decoder`` themselves, and XLM has ``causal``.
+    """
+    config = model.config
+    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping
+    if is_encoder and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    ):
+        raise RecipeError(
+            f"model {name!r} is a {config.model_type}, an encoder, which sees the words that causal-lm "
+            "has to predict; name a decoder such as a GPT-2 or a Llama, or another task."
+        )
+
+
+def _check_columns(options: Options, splits: Splits) -> list[str]:
+    """Refuse columns that are missing or cannot be used; otherwise lines on blank texts."""
     if options.layout == "messages":
         need_columns(splits, [options.messages], option="options.messages")
-        return
+        return []
     if options.layout == "text":
         columns = {"text": options.text}
     elif options.is_template:
@@ -125,7 +163,10 @@ def _check_columns(options: Options, splits: Splits) -> None:
         columns = {"prompt": options.prompt, "answer": options.answer}
     for option, column in columns.items():
         need_columns(splits, [column], option=f"options.{option}")
-    need_texts(splits, list(columns.values()))
+    notes = need_texts(splits, list(columns.values()))
+    if options.layout == "instruction":
+        need_filled(splits, list(columns.values()))
+    return notes
 
 
 def _check_template(options: Options, splits: Splits) -> None:
@@ -138,7 +179,7 @@ def _check_template(options: Options, splits: Splits) -> None:
         ) from error
 
 
-def _shaped(rows: Dataset, *, options: Options, where: str, split: str) -> Dataset:
+def _shaped(rows: Dataset, *, options: Options, place: Callable[[int], str]) -> Dataset:
     if options.layout == "text":
         return Dataset.from_dict({"text": [text or "" for text in rows[options.text][:]]})
     if options.layout == "messages":
@@ -146,8 +187,8 @@ def _shaped(rows: Dataset, *, options: Options, where: str, split: str) -> Datas
         for row, talk in enumerate(talks):
             if not talk or talk[-1].get("role") != "assistant":
                 raise RecipeError(
-                    f"data {where!r}: row {row} of {split} does not end in a message of the assistant; end "
-                    "it with the answer, or leave the row out."
+                    f"{place(row)} does not end in a message of the assistant; end it with the answer, or "
+                    "leave the row out."
                 )
         return Dataset.from_dict(
             {"prompt": [t[:-1] for t in talks], "completion": [t[-1:] for t in talks]}
@@ -174,6 +215,32 @@ def _templated(rows: Dataset, *, has_template: bool) -> Dataset:
             "completion": [[{"role": "assistant", "content": text}] for text in answers],
         }
     )
+
+
+def rows_trained(prepared: Prepared, arguments: SFTConfig) -> int:
+    """Rows of an epoch as TRL makes them: packed, and without those whose answer is cut off.
+
+    TRL prepares them when its trainer is built, and a trainer needs a model with weights: a tiny one.
+    """
+    tiny = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        on_cpu = SFTConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            **{name: getattr(arguments, name) for name in PREPARING},
+        )
+        trainer = SFTTrainer(
+            LlamaForCausalLM(tiny),
+            on_cpu,
+            train_dataset=prepared.train,
+            processing_class=prepared.processor,
+        )
+        return len(trainer.train_dataset)
 
 
 class PerplexityTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
@@ -241,6 +308,7 @@ FAMILY = Family(
     trainer=PerplexityTrainer,
     arguments=SFTConfig,
     counts_tokens=True,
+    rows_trained=rows_trained,
     defaults=lambda options: {
         "max_length": options.max_length,
         "packing": options.packing,

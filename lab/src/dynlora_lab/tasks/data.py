@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
 from dynlora_lab.tasks.offline import offline_data
+from dynlora_lab.tasks.origin import Origin, marked, separated
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 BUILDERS = {
@@ -22,6 +23,7 @@ BUILDERS = {
 
 
 HELD_OUT = "held_out"
+EVAL = "the evaluation split"  # a single evaluation set, in messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +74,33 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Raw rows; ``evals`` by name, a single set under "". ``where`` names them in messages."""
+    """Raw rows.
+
+    Attributes:
+        train: rows to train on.
+        evals: rows to measure on, by name; a single set under "".
+        where: what they are called in messages.
+        origins: where the rows were read, by the names of :meth:`each`; {} if that is not known.
+    """
 
     train: Dataset
     evals: Mapping[str, Dataset] = field(default_factory=dict)
     where: str = "data"
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def each(self) -> dict[str, Dataset]:
         """All splits by a name for messages."""
-        return {"train": self.train} | {
-            k or "the evaluation split": v for k, v in self.evals.items()
-        }
+        return {"train": self.train} | {k or EVAL: v for k, v in self.evals.items()}
+
+    def place(self, split: str, row: int) -> str:
+        """A row for a message: by its line in the file, or by its number in the split.
+
+        Args:
+            split: a name of :meth:`each`.
+            row: number of the row in the split, from 0.
+        """
+        line = self.origins[split].line(row) if split in self.origins else None
+        return f"data {self.where!r}: {line or f'row {row} of {split}'}"
 
 
 def read_splits(source: DataSource) -> Splits:
@@ -106,10 +124,16 @@ def read_splits(source: DataSource) -> Splits:
         train, evals = both["train"], {"": both["test"]}
     else:
         evals = {name: rows[split] for name, split in wanted.items()}
+    train, origin = separated(_first(train, source.max_train_rows, source.split_seed))
+    limited = {
+        name: separated(_first(split, source.max_eval_rows, source.split_seed))
+        for name, split in evals.items()
+    }
     splits = Splits(
-        train=_first(train, source.max_train_rows, source.split_seed),
-        evals={k: _first(v, source.max_eval_rows, source.split_seed) for k, v in evals.items()},
+        train=train,
+        evals={name: split for name, (split, _) in limited.items()},
         where=source.name if source.config is None else f"{source.name}/{source.config}",
+        origins={"train": origin} | {name or EVAL: found for name, (_, found) in limited.items()},
     )
     for name, split in splits.each().items():
         if not len(split):
@@ -137,12 +161,16 @@ def need_columns(splits: Splits, columns: list[str], *, option: str) -> None:
                 )
 
 
-def need_texts(splits: Splits, columns: list[str]) -> None:
+def need_texts(splits: Splits, columns: list[str]) -> list[str]:
     """Refuse a text column that holds no text at all in some split, or something else than text.
+
+    Returns:
+        A line for each column and split in which some texts are blank, for the user.
 
     Raises:
         RecipeError: names the column and the split.
     """
+    notes = []
     for split, rows in splits.each().items():
         for column in columns:
             cells = rows[column][:]
@@ -152,23 +180,54 @@ def need_texts(splits: Splits, columns: list[str]) -> None:
                     f"data {splits.where!r}: column {column!r} of {split} holds "
                     f"{type(odd).__name__} values such as {odd!r}, not texts; name a text column."
                 )
-            if not any(c and c.strip() for c in cells):
+            blank = [row for row, cell in enumerate(cells) if _is_blank(cell)]
+            if len(blank) == len(cells):
                 raise RecipeError(
                     f"data {splits.where!r}: every text in column {column!r} of {split} is empty; name "
                     "the column that holds the texts."
                 )
+            if blank:
+                notes.append(
+                    f"{len(blank)} of {len(cells)} texts in column {column!r} of {split} are blank and "
+                    f"are used as they are (the first: {splits.place(split, blank[0])})"
+                )
+    return notes
+
+
+def need_filled(splits: Splits, columns: list[str]) -> None:
+    """Refuse a row with a blank cell in one of ``columns``, which cannot be used.
+
+    Raises:
+        RecipeError: names the column and the first such row.
+    """
+    for split, rows in splits.each().items():
+        for column in columns:
+            for row, cell in enumerate(rows[column][:]):
+                if _is_blank(cell):
+                    raise RecipeError(
+                        f"{splits.place(split, row)} has nothing in column {column!r}; fill it in, or "
+                        "leave the row out."
+                    )
+
+
+def _is_blank(cell: object) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
 def _read(source: DataSource) -> DatasetDict:
     kind, _, name = source.name.partition(":")
     if kind == "offline":
-        return offline_data(name)
+        return _marked(offline_data(name))
     path = Path(source.name)
     if path.is_dir():
         return _read_folder(path)
     if path.is_file() or path.suffix in BUILDERS or path.suffix == ".gz":
         return _read_files({"train": path})
-    return _read_hub(source)
+    return _marked(_read_hub(source))
+
+
+def _marked(rows: DatasetDict) -> DatasetDict:
+    return DatasetDict({split: marked(part) for split, part in rows.items()})
 
 
 def _read_folder(folder: Path) -> DatasetDict:
@@ -193,7 +252,7 @@ def _read_files(files: Mapping[str, Path]) -> DatasetDict:
             raise RecipeError(f"data {str(path)!r} is not a file; check data.name.")
         options = {"sep": "\t"} if _suffix(path) == ".tsv" else {}
         try:
-            read[split] = load_dataset(
+            found = load_dataset(
                 BUILDERS[_suffix(path)], data_files={split: str(path)}, split=split, **options
             )
         except (OSError, ValueError, KeyError, DatasetsError) as error:
@@ -201,6 +260,7 @@ def _read_files(files: Mapping[str, Path]) -> DatasetDict:
             raise RecipeError(
                 f"data {str(path)!r} cannot be read: {cause}. Check its format and that it has rows."
             ) from error
+        read[split] = marked(found, path)
     if len(read) == 1:
         return _by_split_column(next(iter(read.values())))
     return DatasetDict(read)

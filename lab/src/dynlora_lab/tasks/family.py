@@ -17,7 +17,7 @@ sees the method, and a method never sees the family.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,7 @@ class TaskData:
         facts: whatever else the family learnt; passed on to ``prepare``.
         baselines: metric name to what an answer without a model reaches, such as the majority class:
             ``{"accuracy": 0.236}``.
+        notes: lines on the rows for the user, such as how many texts are blank.
     """
 
     train: Dataset
@@ -58,6 +59,7 @@ class TaskData:
     labels: list[str] | None = None
     facts: Any = None
     baselines: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,8 @@ class Family:
         counts_tokens: whether the model divides its loss by the number of tokens in the whole batch
             (``num_items_in_batch``), as decoders do. False: the loss is a mean, which Trainer would
             multiply by accumulation steps and processes if it were not told.
+        rows_trained: (prepared, arguments) -> rows of which an epoch consists, where the trainer itself
+            still packs or drops some.
         defaults: (options) -> fields of ``arguments`` that the family needs, which a recipe may
             still override.
     """
@@ -121,6 +125,7 @@ class Family:
     trainer: type[Trainer] = Trainer
     arguments: type[TrainingArguments] = TrainingArguments
     counts_tokens: bool = False
+    rows_trained: Callable[[Prepared, Any], int] = lambda prepared, _arguments: len(prepared.train)
     defaults: Callable[[Any], dict[str, Any]] = lambda _options: {}
 
 

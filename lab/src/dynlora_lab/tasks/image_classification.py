@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, EvalPrediction
 
 from dynlora_lab.tasks.base_model import BaseModel, outside_the_trunk
-from dynlora_lab.tasks.data import Splits, need_columns
+from dynlora_lab.tasks.data import Splits, need_columns, need_filled
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.pixels import Pixels, pixels_for
 from dynlora_lab.tasks.typed_fields import RecipeError
@@ -59,6 +59,7 @@ def read(options: Options, splits: Splits) -> TaskData:
     """
     need_columns(splits, [options.image], option="options.image")
     need_columns(splits, [options.label], option="options.label")
+    need_filled(splits, [options.label])
     names = _class_names(options, splits)
     train = _numbered(splits.train, options, names)
     evals = {name: _numbered(rows, options, names) for name, rows in splits.evals.items()}

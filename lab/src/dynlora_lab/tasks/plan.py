@@ -1,6 +1,6 @@
 """``--dry-run``: what a run would do, from its data and the shapes of its model; no weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Plan:
         parameters: by kind: base, head, adapter_start.
         memory_bytes: weights, gradients and optimizer state at the start; no activations, which
             depend on the lengths of the rows.
+        notes: lines on the rows for the user.
     """
 
     recipe: dict[str, Any]
@@ -41,6 +42,7 @@ class Plan:
     schedule: list[tuple[int, int]]
     parameters: Mapping[str, int]
     memory_bytes: int
+    notes: Sequence[str]
 
 
 def plan(recipe: Recipe, splits: Splits | None = None) -> Plan:
@@ -51,8 +53,9 @@ def plan(recipe: Recipe, splits: Splits | None = None) -> Plan:
     """
     data = checked_data(recipe, splits)
     arguments = training_arguments(recipe)
-    steps = planned_steps(arguments, len(data.train))
     prepared, adapted = build_model(recipe, data, is_skeleton=True)
+    rows = 0 if arguments.max_steps > 0 else recipe.family.rows_trained(prepared, arguments)
+    steps = planned_steps(arguments, rows)
     trained, base, head = _counted(adapted.model, prepared.head)
     quantization = recipe.base.quantization or {}
     base_bytes = BYTES[recipe.base.dtype]
@@ -67,6 +70,7 @@ def plan(recipe: Recipe, splits: Splits | None = None) -> Plan:
         schedule=adapted.schedule(steps) if adapted.schedule else [],
         parameters={"base": base, "head": head, "adapter_start": adapted.parameters()},
         memory_bytes=int(base * base_bytes + trained * TRAINED_BYTES),
+        notes=list(data.notes),
     )
 
 

@@ -1,6 +1,6 @@
 """Extractive question answering in the layout of SQuAD v1 and v2: the answer is a part of the context."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel, outside_the_trunk
-from dynlora_lab.tasks.data import Splits, need_columns, need_texts
+from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.answer_spans import SpanSettings, Window, best_answers
 from dynlora_lab.tasks.scoring.squad import Version, squad_scores
@@ -85,10 +85,14 @@ def read(options: Options, splits: Splits) -> TaskData:
     for option, column in (*columns.items(), ("answers", options.answers)):
         need_columns(splits, [column], option=f"options.{option}")
     need_texts(splits, list(columns.values()))
-    checked = partial(_checked, options=options, where=splits.where)
-    evals = {name: checked(rows, split=name or "eval") for name, rows in splits.evals.items()}
+    need_filled(splits, list(columns.values()))
+    checked = partial(_checked, options=options)
+    evals = {
+        name: checked(rows, place_of=partial(splits.place, name or EVAL))
+        for name, rows in splits.evals.items()
+    }
     return TaskData(
-        train=checked(splits.train, split="train"),
+        train=checked(splits.train, place_of=partial(splits.place, "train")),
         evals=evals,
         baselines=_baselines(options, evals),
     )
@@ -118,12 +122,12 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     )
 
 
-def _checked(rows: Dataset, *, options: Options, where: str, split: str) -> Dataset:
+def _checked(rows: Dataset, *, options: Options, place_of: Callable[[int], str]) -> Dataset:
     """One shape for what follows; numbered by row, since ids may be missing or repeat."""
     questions = [text.strip() for text in rows[options.question][:]]
     contexts, golds, starts = rows[options.context][:], [], []
     for row, (answers, context) in enumerate(zip(rows[options.answers][:], contexts, strict=True)):
-        place = f"data {where!r}: row {row} of {split}"
+        place = place_of(row)
         if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
             raise RecipeError(
                 f"{place} has {answers!r} in {options.answers!r}; give {{text: […], answer_start: […]}}."

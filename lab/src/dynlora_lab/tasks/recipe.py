@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dynlora_lab.methods import METHODS
-from dynlora_lab.methods.options import AdapterOptions
+from dynlora_lab.methods.options import NOT_OFFERED, AdapterOptions
 from dynlora_lab.tasks.base_model import BaseOptions
 from dynlora_lab.tasks.data import DataSource
 from dynlora_lab.tasks.family import Family, family_named
@@ -150,9 +150,14 @@ def _checked(values: dict[str, Any], family: Family) -> Recipe:
             "data": build(DataSource, section["data"], section="data."),
             "options": build(family.options, section["options"], section="options."),
             "base": build(BaseOptions, section["base"], section="base."),
-            "adapter": build(AdapterOptions, section["adapter"], section="adapter."),
+            "adapter": build(
+                AdapterOptions, section["adapter"], section="adapter.", refused=NOT_OFFERED
+            ),
             "training": check_values(
-                family.arguments, section["training"], section="training.", refused=OWNED_BY_THE_RUN
+                family.arguments,
+                section["training"],
+                section="training.",
+                refused=OWNED_BY_THE_RUN | _renamed(family.arguments),
             ),
         },
     )
@@ -196,9 +201,17 @@ def _put(values: dict[str, Any], name: str, value: Any, family: Family) -> None:
     if not owners:
         if name in SHORTHANDS:
             raise RecipeError(f"unknown option '--{name}'; did you mean '--{SHORTHANDS[name]}'?")
+        if name in NOT_OFFERED:
+            raise RecipeError(f"option '--{name}' may not be given: {NOT_OFFERED[name]}.")
         bare = {f for fields in known.values() for f in fields}
         raise RecipeError(unknown_name("option", name, bare, section="--"))
     _put(values, f"{owners[0]}.{name}", value, family)
+
+
+def _renamed(arguments: type) -> dict[str, str]:
+    """The shorthands of fields of the section ``training``, as a message says them."""
+    fields = field_types(arguments)
+    return {short: f"it is called {name}" for short, name in SHORTHANDS.items() if name in fields}
 
 
 def known_fields(family: Family) -> dict[str, list[str]]:

@@ -77,7 +77,8 @@ def run(
     listener = listener or Listener()
     checkpoint, earlier = _place(recipe, resume=resume, overwrite=overwrite)
     data = checked_data(recipe, splits)
-    listener.announce(rows_line(recipe, data))
+    for line in (rows_line(recipe, data), *data.notes):
+        listener.announce(line)
     prepared, adapted = build_model(recipe, data)
     arguments = training_arguments(recipe)
     if not adapted.can_resume:

@@ -1,5 +1,6 @@
 """Text to text with encoder-decoder models: summaries, translations, rewriting."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,17 +75,20 @@ def read(options: Options, splits: Splits) -> TaskData:
     Raises:
         RecipeError: a column is missing or holds no text.
     """
-    flat = Splits(
+    flat = dataclasses.replace(
+        splits,
         train=splits.train.flatten(),
         evals={name: rows.flatten() for name, rows in splits.evals.items()},
-        where=splits.where,
     )
     need_columns(flat, [options.source], option="options.source")
     need_columns(flat, [options.target], option="options.target")
-    need_texts(flat, [options.source, options.target])
+    notes = need_texts(flat, [options.source, options.target])
     evals = {name: _pairs(rows, options) for name, rows in flat.evals.items()}
     return TaskData(
-        train=_pairs(flat.train, options), evals=evals, baselines=_baselines(options, evals)
+        train=_pairs(flat.train, options),
+        evals=evals,
+        baselines=_baselines(options, evals),
+        notes=notes,
     )
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel
-from dynlora_lab.tasks.data import Splits, need_columns, need_texts
+from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.perplexity import IGNORED
 from dynlora_lab.tasks.scoring.word_errors import word_error_rate
@@ -85,10 +85,10 @@ def read(options: Options, splits: Splits) -> TaskData:
     need_columns(splits, [options.audio], option="options.audio")
     need_columns(splits, [options.text], option="options.text")
     need_texts(splits, [options.text])
-    checked = partial(_checked, options=options, where=splits.where)
+    need_filled(splits, [options.text])
     return TaskData(
-        train=checked(splits.train, split="train"),
-        evals={name: checked(rows, split=name or "eval") for name, rows in splits.evals.items()},
+        train=_checked("train", options, splits),
+        evals={name: _checked(name or EVAL, options, splits) for name in splits.evals},
     )
 
 
@@ -179,7 +179,8 @@ def _opened(recording: Any) -> soundfile.SoundFile:
         raise ValueError(f"a recording cannot be read: {error}") from error
 
 
-def _checked(rows: Dataset, *, options: Options, where: str, split: str) -> Dataset:
+def _checked(split: str, options: Options, splits: Splits) -> Dataset:
+    rows = splits.each()[split]
     if isinstance(rows.features[options.audio], Audio):  # libsndfile reads it here, not torchcodec
         rows = rows.cast_column(options.audio, Audio(decode=False))
     kept = []
@@ -187,12 +188,12 @@ def _checked(rows: Dataset, *, options: Options, where: str, split: str) -> Data
         try:
             seconds = seconds_of(recording)
         except ValueError as error:
-            raise RecipeError(f"data {where!r}: row {row} of {split}: {error}") from error
+            raise RecipeError(f"{splits.place(split, row)}: {error}") from error
         if seconds <= options.max_seconds:
             kept.append(row)
     if not kept:
         raise RecipeError(
-            f"data {where!r}: no recording of {split} is as short as options.max_seconds="
+            f"data {splits.where!r}: no recording of {split} is as short as options.max_seconds="
             f"{options.max_seconds:g}; raise it."
         )
     chosen = rows.select(kept).select_columns([options.audio, options.text])

@@ -18,7 +18,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel
-from dynlora_lab.tasks.data import Splits, need_columns, need_texts
+from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.typed_fields import RecipeError
 
@@ -85,13 +85,21 @@ def read(options: Options, splits: Splits) -> TaskData:
     """
     need_columns(splits, list(options.texts), option="options.texts")
     need_columns(splits, [options.label], option="options.label")
-    need_texts(splits, list(options.texts))
+    notes = need_texts(splits, list(options.texts))
+    need_filled(splits, [options.label])
     names = None if options.is_regression else _label_names(options, splits)
-    numbered = partial(_numbered, options=options, names=names, where=splits.where)
-    train = numbered(splits.train, split="train")
-    evals = {name: numbered(rows, split=name or "eval") for name, rows in splits.evals.items()}
+    numbered = partial(_numbered, options=options, names=names)
+    train = numbered(splits.train, place=partial(splits.place, "train"))
+    evals = {
+        name: numbered(rows, place=partial(splits.place, name or EVAL))
+        for name, rows in splits.evals.items()
+    }
     return TaskData(
-        train=train, evals=evals, labels=names, baselines=_baselines(options, train, evals)
+        train=train,
+        evals=evals,
+        labels=names,
+        baselines=_baselines(options, train, evals),
+        notes=notes,
     )
 
 
@@ -155,7 +163,7 @@ def _label_names(options: Options, splits: Splits) -> list[str]:
 
 
 def _numbered(
-    rows: Dataset, *, options: Options, names: list[str] | None, where: str, split: str
+    rows: Dataset, *, options: Options, names: list[str] | None, place: Callable[[int], str]
 ) -> Dataset:
     """The texts, None read as empty, with the column ``labels``."""
     labels = rows[options.label][:]
@@ -168,21 +176,21 @@ def _numbered(
         value = label if names is None else number.get(label if label in number else str(label))
         if value is None:
             raise RecipeError(
-                f"data {where!r}: row {row} of {split} has the label {label!r}, that is none; name a "
-                "split that is labelled, or leave the row out."
+                f"{place(row)} has the label {label!r}, that is none; name a split that is labelled, or "
+                "leave the row out."
             )
-        numbered.append(value if names is not None else _as_number(value, row, split, where))
+        numbered.append(value if names is not None else _as_number(value, row, place))
     columns: dict[str, Any] = {c: [t or "" for t in rows[c][:]] for c in options.texts}
     return Dataset.from_dict({**columns, "labels": numbered})
 
 
-def _as_number(value: Any, row: int, split: str, where: str) -> float:
+def _as_number(value: Any, row: int, place: Callable[[int], str]) -> float:
     try:
         return float(value)
     except ValueError as error:
         raise RecipeError(
-            f"data {where!r}: row {row} of {split} has the label {value!r}, which is no number; name "
-            "another column, or leave out options.is_regression."
+            f"{place(row)} has the label {value!r}, which is no number; name another column, or leave "
+            "out options.is_regression."
         ) from error
 
 

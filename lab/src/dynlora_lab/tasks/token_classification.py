@@ -1,6 +1,7 @@
 """Token classification: sentences in words, one tag a word; names, chunks, parts of speech."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel, outside_the_trunk
-from dynlora_lab.tasks.data import Splits, need_columns
+from dynlora_lab.tasks.data import EVAL, Splits, need_columns
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.entity_spans import span_scores
 from dynlora_lab.tasks.scoring.perplexity import IGNORED
@@ -58,9 +59,12 @@ def read(options: Options, splits: Splits) -> TaskData:
     need_columns(splits, [options.words], option="options.words")
     need_columns(splits, [options.tags], option="options.tags")
     names = _tag_names(options, splits)
-    numbered = partial(_numbered, options=options, names=names, where=splits.where)
-    train = numbered(splits.train, split="train")
-    evals = {name: numbered(rows, split=name or "eval") for name, rows in splits.evals.items()}
+    numbered = partial(_numbered, options=options, names=names)
+    train = numbered(splits.train, place=partial(splits.place, "train"))
+    evals = {
+        name: numbered(rows, place=partial(splits.place, name or EVAL))
+        for name, rows in splits.evals.items()
+    }
     return TaskData(
         train=train, evals=evals, labels=names, baselines=_baselines(train, evals, names)
     )
@@ -117,7 +121,7 @@ def _tag_names(options: Options, splits: Splits) -> list[str]:
 
 
 def _numbered(
-    rows: Dataset, *, options: Options, names: list[str], where: str, split: str
+    rows: Dataset, *, options: Options, names: list[str], place: Callable[[int], str]
 ) -> Dataset:
     words, tags = rows[options.words][:], rows[options.tags][:]
     is_number = isinstance(getattr(rows.features[options.tags], "feature", None), ClassLabel)
@@ -125,8 +129,8 @@ def _numbered(
     for row, (sentence, marks) in enumerate(zip(words, tags, strict=True)):
         if not isinstance(sentence, list) or len(sentence) != len(marks):
             raise RecipeError(
-                f"data {where!r}: row {row} of {split} has {len(marks)} tags in {options.tags!r} for what "
-                f"stands in {options.words!r}; give a list of words and one tag for each."
+                f"{place(row)} has {len(marks)} tags in {options.tags!r} for what stands in "
+                f"{options.words!r}; give a list of words and one tag for each."
             )
     numbers = [[t if is_number else number[str(t)] for t in marks] for marks in tags]
     return Dataset.from_dict({"words": words, "tags": numbers})

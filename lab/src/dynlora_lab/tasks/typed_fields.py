@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
-MAX_LISTED = 20  # known names in a message
+MAX_LISTED = 30  # known names in a message
 _LENIENT = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=False)
 
 
@@ -18,7 +18,13 @@ class RecipeError(ValueError):
     """A mistake in a recipe or in the data it names: one line that names the way out."""
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, section: str = "") -> T:
+def build(
+    cls: type[T],
+    values: Mapping[str, Any],
+    *,
+    section: str = "",
+    refused: Mapping[str, str] = {},
+) -> T:
     """An instance of the dataclass ``cls`` from plain values.
 
     ``"1e-3"``, which YAML reads as text, becomes a float where a float is due; nothing else is guessed.
@@ -27,9 +33,10 @@ def build(cls: type[T], values: Mapping[str, Any], *, section: str = "") -> T:
         cls: a dataclass whose ``__post_init__`` may raise ValueError.
         values: field name to value.
         section: prefix of the field names in messages, such as ``training.``.
+        refused: fields that may not be given, with the way out.
 
     Raises:
-        RecipeError: a field is unknown (names the nearest one), has a wrong type or is missing.
+        RecipeError: a field is unknown (names the nearest one), refused, missing or has a wrong type.
 
     >>> @dataclasses.dataclass
     ... class Knobs:
@@ -40,7 +47,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, section: str = "") -> T:
     Traceback (most recent call last):
     dynlora_lab.tasks.typed_fields.RecipeError: unknown field 'rat'; did you mean 'rate'?
     """
-    checked = check_values(cls, values, section=section)
+    checked = check_values(cls, values, section=section, refused=refused)
     required = {
         f.name
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # cls is a dataclass
@@ -104,7 +111,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, section: str = "
     elif len(names := sorted(known)) <= MAX_LISTED:
         hint = f"known are {', '.join(names)}."
     else:
-        hint = "no known one is near it; docs/train.md lists them."
+        hint = "no known one is near it; docs/train.md says where they are listed."
     return f"unknown {kind} {section + name!r}; {hint}"
 
 
