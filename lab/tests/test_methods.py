@@ -84,6 +84,7 @@ def test_methods_of_one_budget_have_about_the_parameters_of_lora_at_that_rank():
 
 CHOSEN = {
     "target_r": 2,
+    "tolerance": 0.05,
     "min_r": 1,
     "prune_start": 0.2,
     "prune_end": 0.6,
