@@ -35,7 +35,7 @@ def parts(tmp_path_factory):
 def two(parts, tmp_path):
     """The file of a suite of two short cells: a task, two methods, one learning rate."""
     values = {**parts, "name": "two", "learning_rates": [0.03], "seeds": [0]}
-    few = {"max_train_rows": 32, "max_eval_rows": 16}
+    few = {"max_train_rows": 96, "max_eval_rows": 16}
     values["tasks"] = {"short": {"options": {"max_length": 6}, "data": few}}
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf8")

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from dynlora import warm_start_
 from dynlora.adapter_files.plain_config import exact_key
 from dynlora.allocation import Budget, select_components, target_cost
 from dynlora.allocator.masks import Masks
@@ -94,8 +93,9 @@ def truncate_(
     Returns:
         Rank by module name, zeros included.
     """
-    warm_start_(model)  # rotates each update into its singular triplets
     start = AdapterStart.of(model)
+    for module in start.modules:
+        _to_singular_triplets_(module)
     values = [_squared_norms(module) for module in start.modules]
     in_components = budget == "components"
     sizes = [1 if in_components else size for size in start.sizes.values()]
@@ -110,6 +110,23 @@ def truncate_(
     # a module that cannot lose its adapter keeps a component, which must be 0
     Masks(start.modules).apply_()
     return LoraAdapter(model, start).finish_()
+
+
+def _to_singular_triplets_(module: LoraComponents) -> None:
+    """Replace the factors of each pair, in place, by √σ u and √σ v of their product, largest first.
+
+    A layer too narrow for as many triplets as components keeps zeros in the last ones.
+    """
+    for a, b in module.pairs:
+        rows = a.vectors(a.parameter.detach())  # views: (copies, rank, length)
+        columns = b.vectors(b.parameter.detach())
+        right, right_core = torch.linalg.qr(rows.double().mT)
+        left, left_core = torch.linalg.qr(columns.double().mT)
+        u, sigma, vt = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+        root = sigma.sqrt().unsqueeze(2)
+        for vectors, turned in (rows, root * (right @ vt.mT).mT), (columns, root * (left @ u).mT):
+            vectors.zero_()
+            vectors[:, : turned.shape[1]].copy_(turned)
 
 
 def _squared_norms(module: LoraComponents) -> Tensor:
