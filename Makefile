@@ -80,6 +80,8 @@ bench: .venv/dev.stamp
 		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
 
 gpu: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --seconds 520 --out benchmarks/results/gpu
+	rm -rf .gpu-check && mkdir .gpu-check
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --seconds 520 --out .gpu-check
+	cp .gpu-check/*.json benchmarks/results/gpu/ && $(BIN)/python benchmarks/render.py
 
 ci: check test test-lab demo
