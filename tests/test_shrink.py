@@ -469,7 +469,7 @@ def test_broken_files_are_named(every_layer):
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         shrink_adapter(folder, energy=0.9)
     (folder / WEIGHTS).write_bytes(b"no")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         shrink_adapter(folder, energy=0.9)
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="is a pickle"):

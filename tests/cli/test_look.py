@@ -51,7 +51,7 @@ def invoke(*arguments):
 def native(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     tiny_llama().save_pretrained(root / "base")
-    model = adapted(tiny_llama, task_type="CAUSAL_LM")
+    model = adapted(tiny_llama, gated=True, task_type="CAUSAL_LM")
     train(model, steps=12, total_steps=40)
     model.peft_config["default"].base_model_name_or_path = str(root / "base")
     model.save_pretrained(root / "native")
@@ -203,12 +203,12 @@ def test_a_merge_that_fails_its_check_is_exit_code_1(native, tmp_path, monkeypat
 
 def finished_with_ranks(folder, ranks):
     """A plain LoRA whose modules have these ranks, as a finished run leaves it."""
-    model = adapted(tiny_llama, task_type="CAUSAL_LM")
+    model = adapted(tiny_llama, gated=True, task_type="CAUSAL_LM")
     allocator = train(model, steps=4, total_steps=40)
     for gated, rank in zip(allocator.modules, ranks, strict=True):
         gated.live.copy_(torch.arange(4) < rank)
         gated.gate.data *= gated.live
-    with pytest.warns(UserWarning, match="Training ended after 4 of 40 steps"):
+    with pytest.warns(UserWarning, match="training ended after 4 of 40 steps"):
         allocator.finalize_()
     model.save_pretrained(folder)
     start = {"event": "start", "step": 0, "time": 0.0}

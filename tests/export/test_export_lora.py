@@ -133,7 +133,7 @@ def test_an_adapter_that_never_trained_keeps_its_rank(tmp_path):
 
 
 def test_a_gated_adapter_is_folded_and_stays_as_it_is_in_the_model(tmp_path):
-    model = adapted(tiny_llama)
+    model = adapted(tiny_llama, gated=True)
     train(model, steps=30, total_steps=180)
     expected = logits(model)
     export_lora(model, tmp_path / "out")

@@ -38,7 +38,7 @@ def llama(request, tmp_path_factory):
         model = stock()
         allocator = run(model)
     else:
-        model = adapted(tiny_llama)
+        model = adapted(tiny_llama, gated=True)
         allocator = train(model, steps=30, total_steps=40)
     model.peft_config["default"].base_model_name_or_path = str(root / "base")
     saved(model, root / "in", allocator.ranks())
@@ -165,7 +165,7 @@ def test_every_layer_kind_keeps_its_function(tmp_path, make):
         model = stock(layer_kinds, target_modules=KINDS)
         run(model, steps=18, target_r=1)
     else:
-        model = adapted(layer_kinds, target_modules=KINDS, target_r=2)
+        model = adapted(layer_kinds, gated=True, target_modules=KINDS, target_r=2)
         train(model, steps=12, total_steps=40)
     model.save_pretrained(tmp_path / "in")
     both_forms_compute(layer_kinds, tmp_path / "in", logits(model), tmp_path)

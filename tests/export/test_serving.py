@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("serving")
     tiny_llama().save_pretrained(root / "base")
     for number, name in enumerate(NAMES):
-        model = adapted(tiny_llama, init_r=4 + number, target_r=1 + number)
+        model = adapted(tiny_llama, gated=True, init_r=4 + number, target_r=1 + number)
         train(model, steps=12, lr=1e-2 * (number + 1))
         export_lora(model, root / "in" / name)
         for form in ("ragged", "uniform"):

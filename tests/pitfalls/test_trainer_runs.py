@@ -10,6 +10,9 @@ from lora_runs import ENDS, adapted, base, callback, logits, losses, ranks_of, t
 FINAL = sorted(r for r in ENDS if r)
 
 
+pytestmark = pytest.mark.slow  # several runs of Trainer a test
+
+
 class OutOfMemoryOnce(TrainerCallback):
     """Raises what a full device raises, after one step of the first attempt."""
 

@@ -24,7 +24,7 @@ from lora_runs import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 ROWS = 16
 FINAL = sorted(r for r in ENDS if r)
 TEXT = {"text": "a good film"}

@@ -20,7 +20,7 @@ from tiny_models import adapted, tiny_bert, tiny_llama, train
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    model = adapted(tiny_llama)
+    model = adapted(tiny_llama, gated=True)
     allocator = train(model, steps=30, total_steps=40)
     model.save_pretrained(folder / "native")
     tiny_llama().save_pretrained(folder / "base")
@@ -54,9 +54,9 @@ def test_exports_tell_who_reads_them(native, tmp_path, form, readers):
 
 @pytest.mark.parametrize("form", ["ragged", "uniform"])
 def test_a_trained_head_is_not_said_to_be_served_where_it_is_refused(tmp_path, form):
-    model = adapted(tiny_bert, task_type="SEQ_CLS")
+    model = adapted(tiny_bert, gated=True, task_type="SEQ_CLS")
     for gated in find_components(model, "default"):
-        torch.nn.init.ones_(gated.gate)
+        torch.nn.init.ones_(gated.pairs[0][1].parameter)  # B starts at 0
     model.save_pretrained(tmp_path / "native")
     export_adapter(tmp_path / "native", tmp_path / form, to=form)
     for refuses in (consumers.vllm, consumers.llama_cpp):

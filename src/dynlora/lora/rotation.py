@@ -69,7 +69,7 @@ def basis(vectors: Tensor) -> Tensor:
         vectors: one row a component, (rank, length).
 
     >>> t = basis(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    >>> (t @ torch.tensor([[1.0, 0.0], [1.0, 0.0]])).abs().round(decimals=4)
+    >>> (t.float() @ torch.tensor([[1.0, 0.0], [1.0, 0.0]])).abs().round(decimals=4)
     tensor([[1.4142, 0.0000],
             [0.0000, 0.0000]])
     """
