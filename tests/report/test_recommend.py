@@ -4,8 +4,9 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from dynlora.adapter_files.python_source import as_python
 from dynlora.lora.configs import recorded_fields
-from dynlora.report.recommend import as_axolotl, as_python, ranks_by_kind, same_ranks
+from dynlora.report.recommend import as_axolotl, ranks_by_kind, same_ranks
 from tiny_models import tiny_bert, tiny_llama
 
 KINDS = {"attention.self.query": 3, "attention.output.dense": 2, "output.dense": 4}

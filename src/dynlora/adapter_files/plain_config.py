@@ -87,9 +87,9 @@ def _target_fields(
     layers = {name: fields.get(name) for name in ("layers_to_transform", "layers_pattern")}
     every_layer = dict.fromkeys(layers)
     candidates: list[dict[str, Any]] = []
-    if not alive or (
-        not dead and _fits(fields, alive, dead) and not (lists_only and _is_str(targets))
-    ):
+    if not alive:  # bare parameters only; None would let PEFT pick modules by the architecture
+        return {"target_modules": [], "exclude_modules": None, **every_layer} if dead else {}
+    if not dead and _fits(fields, alive, dead) and not (lists_only and _is_str(targets)):
         return {}
     if not isinstance(excluded, str) and not (lists_only and _is_str(targets)):
         unused = sorted({*(n for n in excluded or () if n not in alive), *dead}) or None

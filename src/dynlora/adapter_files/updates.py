@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dynlora.adapter_files.format import (
     CONFIG_FILE,
     OUT_PROJECTION,
     PREFIX,
+    REWRITING_STARTS,
     VARIANTS,
     WEIGHTS_FILE,
     factor_key,
@@ -117,6 +118,8 @@ class Update:
 
     def padded(self, rank: int) -> "Update":
         """The same update with zero components up to ``rank``."""
+        if rank == self.rank:
+            return self
         a_shape, b_shape = self.shapes(rank)
         a, b = self.a.new_zeros(a_shape), self.b.new_zeros(b_shape)
         by_expert = a.view(self.num_experts, rank, *a.shape[1:])
@@ -164,8 +167,12 @@ def stack(b: Tensor, a: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return columns, rows
 
 
-def read(folder: Path) -> Adapter:
+def read(folder: Path, *, allowed: Collection[str] = ()) -> Adapter:
     """Read the folder of a plain LoRA, or of a gated checkpoint, whose gates are folded into B.
+
+    Args:
+        folder: of the adapter.
+        allowed: fields among ``VARIANTS`` that the caller can cope with.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
@@ -173,7 +180,7 @@ def read(folder: Path) -> Adapter:
             not understood.
     """
     fields = read_config(checked_source(folder))
-    _check_method(fields, folder)
+    _check_method(fields, folder, allowed)
     parts, others = _sorted(_tensors(folder / WEIGHTS_FILE), fields, folder)
     biased = {group_of(m["module"]) for key in others if (m := _BIAS_OWNER.fullmatch(key))}
     nested: dict[str, int] = {}
@@ -201,18 +208,18 @@ def read(folder: Path) -> Adapter:
     )
 
 
-def _check_method(fields: Mapping[str, Any], folder: Path) -> None:
+def _check_method(fields: Mapping[str, Any], folder: Path, allowed: Collection[str]) -> None:
     method = fields.get("peft_type")
     if method not in {"LORA", "DYNLORA"}:
         raise AdapterFileError(
             f"{folder} holds an adapter of method {method}; only LoRA and DynLora adapters are sums of "
             "rank-one components."
         )
-    used = [name for name in VARIANTS if fields.get(name)]
+    used = [name for name in VARIANTS if name not in allowed and fields.get(name)]
     if used:
         raise AdapterFileError(
             f"{folder} was trained with {', '.join(used)}, which changes what its factors mean; merge it "
-            "into its base model instead: dynlora export --to merged."
+            "into its base model instead: dynlora export --to merged, or PEFT's merge_and_unload."
         )
 
 
@@ -230,9 +237,10 @@ def _sorted(
     """The parts of each module's adapter by module name, and all other tensors by key."""
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    is_gated = fields.get("peft_type") == "DYNLORA"
     for key, tensor in tensors.items():
         parsed = parse_key(key)
-        if parsed is None:
+        if parsed is None or not (is_gated or parsed.part in {"A", "B"}):
             _check_other(key, fields, folder)
             others[key if key.startswith(PREFIX) else PREFIX + key] = tensor
             continue
@@ -344,6 +352,22 @@ _LORA_FIELDS = {name for name, f in LoraConfig.__dataclass_fields__.items() if f
 
 def _lora_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k in _LORA_FIELDS} | {"peft_type": "LORA"}
+
+
+def refuse_rewriting_start(adapter: Adapter) -> None:
+    """Refuse an adapter whose base PEFT changes at each load, by the ranks in its config.
+
+    Raises:
+        AdapterFileError: it was started so.
+    """
+    start = adapter.stored.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(REWRITING_STARTS):
+        raise AdapterFileError(
+            f"{adapter.folder} has init_lora_weights={start!r}: PEFT changes the base's weights at each "
+            "load, for exactly these ranks. Save it with save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...) first, which makes it a plain LoRA, or merge "
+            "it: dynlora export --to merged."
+        )
 
 
 def without_zeros(adapter: Adapter) -> Adapter:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dynlora.adapter_files.folder import checked_source, read_config
 from dynlora.adapter_files.format import CONFIG_FILE, WEIGHTS_FILE
-from dynlora.adapter_files.updates import Adapter, read
+from dynlora.adapter_files.updates import Adapter, read, refuse_rewriting_start
 from dynlora.export import models
 from dynlora.export.folder import checked_folder, write_adapter
-from dynlora.export.forms import ragged, refuse_rewriting_start, uniform
+from dynlora.export.forms import ragged, uniform
 from dynlora.export.merge import write_merged
 
 Form = Literal["ragged", "uniform", "merged"]

@@ -1,11 +1,8 @@
-"""Writing folders that are there whole or not at all."""
+"""Writing an adapter folder."""
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynlora.adapter_files.format import CONFIG_FILE, PRUNED, WEIGHTS_FILE
+from dynlora.adapter_files.whole_folder import whole_folder
 
 _EVERYWHERE = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules",
@@ -34,26 +32,6 @@ def checked_folder(path: str | os.PathLike[str]) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"path={str(path)!r} is a file; name a folder to export to.")
     return folder
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, whose files become its own when the block ends well.
-
-    In a folder that exists, files of the same name are replaced one by one, configs last.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            for file in sorted(temporary.iterdir(), key=lambda f: (f.suffix == ".json", f.name)):
-                file.replace(folder / file.name)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_adapter(

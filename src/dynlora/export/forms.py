@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora.adapter_files.format import (
-    PREFIX,
-    REWRITING_STARTS,
-    factor_key,
-)
+from dynlora.adapter_files.format import PREFIX, factor_key
 from dynlora.adapter_files.plain_config import plain_fields
 from dynlora.adapter_files.updates import Adapter, Update, without_zeros
-from dynlora.errors import AdapterFileError
 
 PAD_STEPS = (8, 16, 32, 64, 128, 256, 512)
 """Ranks that servers with one rank an adapter take (vLLM's list of allowed maximum ranks, without 1
@@ -22,22 +17,6 @@ and 320; LoRAX and TGI want multiples of 8)."""
 
 Plain = tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]
 """Fields of adapter_config.json, tensors by their key, and the pruned modules that are left out."""
-
-
-def refuse_rewriting_start(adapter: Adapter) -> None:
-    """Refuse an adapter whose base PEFT changes at each load, by the ranks in its config.
-
-    Raises:
-        AdapterFileError: it was started so.
-    """
-    start = adapter.stored.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(REWRITING_STARTS):
-        raise AdapterFileError(
-            f"{adapter.folder} has init_lora_weights={start!r}: PEFT changes the base's weights at each "
-            "load, for exactly these ranks. Save it with save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=...) first, which makes it a plain LoRA, or merge "
-            "it: dynlora export --to merged."
-        )
 
 
 def ragged(adapter: Adapter) -> Plain:

@@ -15,7 +15,7 @@ from torch import nn
 
 from dynlora.adapter_files.folder import checked_source, read_config, read_header
 from dynlora.adapter_files.format import WEIGHTS_FILE
-from dynlora.export.folder import whole_folder
+from dynlora.adapter_files.whole_folder import whole_folder
 from dynlora.export.models import base_config, label_options, model_class, outputs
 
 TOLERANCE = 1e-4

@@ -9,12 +9,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dynlora.adapter_files.python_source import as_python
 from dynlora.report.charts import Band, Chart, Line
 from dynlora.report.conclusion import conclusion, lora_rank, metric_label, rank_rows, which_rank
 from dynlora.report.layout import LayerStack, group_by_stack, shade_of, shade_ranges
 from dynlora.report.recommend import (
     as_axolotl,
-    as_python,
     mean_rank_by_kind,
     ranks_by_kind,
     same_ranks,

@@ -6,13 +6,8 @@ from typing import Any
 
 from dynlora.adapter_files.format import scaling_of
 from dynlora.adapter_files.plain_config import number, plain_fields
+from dynlora.adapter_files.python_source import FILLED_IN
 from dynlora.report.layout import group_by_stack, split_name
-
-_NOT_PRINTED = frozenset({
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-    "runtime_config",
-})  # fmt: skip
-"""Fields that PEFT fills in by itself."""
 
 _AXOLOTL = {
     "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
@@ -114,34 +109,8 @@ def _of_a_start(fields: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str,
     return {
         name: value
         for name, value in kept.items()
-        if name not in _NOT_PRINTED and value not in empty and is_default.get(name) is not value
+        if name not in FILLED_IN and value not in empty and is_default.get(name) is not value
     }
-
-
-def as_python(fields: Mapping[str, Any]) -> str:
-    """``LoraConfig(...)`` with one argument a line.
-
-    >>> print(as_python({"r": 4, "target_modules": ["q"], "rank_pattern": {"q": 2}}))
-    LoraConfig(
-        r=4,
-        target_modules=['q'],
-        rank_pattern={
-            'q': 2,
-        },
-    )
-    """
-    first = [n for n in ("task_type", "r", "lora_alpha") if n in fields]
-    names = [*first, *(n for n in fields if n not in first)]
-    lines = [f"    {name}={_literal(fields[name])}," for name in names]
-    return "\n".join(["LoraConfig(", *lines, ")"])
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, dict) and value:
-        return "\n".join(["{", *(f"        {k!r}: {v!r}," for k, v in value.items()), "    }"])
-    if isinstance(value, list) and len(repr(value)) > 60:
-        return "\n".join(["[", *(f"        {v!r}," for v in value), "    ]"])
-    return repr(value)
 
 
 def as_axolotl(fields: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlora.shrink.source import Adapter
+from dynlora.adapter_files.plain_config import plain_fields
+from dynlora.adapter_files.updates import Adapter
 from dynlora.shrink.spectrum import Spectrum
 
 Cut = Sequence[Tensor]
@@ -68,6 +70,18 @@ class Layout:
                 update = spectrum.update
                 tensors[update.a_key], tensors[update.b_key] = spectrum.factors(mask, rank)
         return tensors
+
+    def config_fields(self, cut: Cut) -> dict[str, Any]:
+        """``adapter_config.json``: the ranks of the cut, modules of rank 0 excluded, the same scalings."""
+        updates = self.adapter.updates
+        by_group = {u.group: rank for u, rank in zip(updates, self.ranks(cut), strict=True)}
+        return plain_fields(
+            self.adapter.stored,
+            {group: rank for group, rank in by_group.items() if rank},
+            {u.group: u.scaling for u in updates},
+            dead=[group for group, rank in by_group.items() if not rank],
+            parameters={u.group: u.parameters for u in updates if u.parameters},
+        )
 
     def energy(self, cut: Cut) -> float:
         """Share of Σσ² (scaling included) that the cut keeps."""

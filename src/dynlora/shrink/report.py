@@ -4,12 +4,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 
+from dynlora.adapter_files.python_source import FILLED_IN, as_python
 from dynlora.shrink.choice import by_energy, same_rank
 from dynlora.shrink.layout import Cut, Layout
-from dynlora.shrink.plain_config import config_source
 from dynlora.shrink.search import Point
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -101,7 +102,7 @@ class ShrinkReport:
     @property
     def config_source(self) -> str:
         """Python that makes the new adapter's ``LoraConfig``, ready to paste; "" if there is none."""
-        return "" if self.config is None else config_source(self.config)
+        return "" if self.config is None else as_python(_changed_fields(self.config))
 
     @property
     def conclusion(self) -> str:
@@ -205,3 +206,17 @@ def _quality(before: Size, after: Size) -> str:
         return f"{after.energy:.1%} of the energy"
     change = after.loss / before.loss - 1
     return f"loss {before.loss:.3f} -> {after.loss:.3f} ({change:+.1%})"
+
+
+def _changed_fields(config: LoraConfig) -> dict[str, Any]:
+    """Rank, alpha and what differs from PEFT's defaults, without what PEFT fills in, as plain data."""
+    defaults = LoraConfig().to_dict()
+    values = {n: sorted(v) if isinstance(v, set) else v for n, v in config.to_dict().items()}
+    changed = {
+        name: value
+        for name, value in values.items()
+        if name not in FILLED_IN and (name in {"r", "lora_alpha"} or value != defaults.get(name))
+    }
+    if config.task_type is not None:
+        changed["task_type"] = str(getattr(config.task_type, "value", config.task_type))
+    return changed

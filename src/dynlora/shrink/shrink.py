@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dynlora.adapter_files.whole_folder import whole_folder
 from dynlora.shrink import report as facts
 from dynlora.shrink.choice import (
     Method,
@@ -18,13 +19,12 @@ from dynlora.shrink.choice import (
 )
 from dynlora.shrink.held_out import HeldOut
 from dynlora.shrink.layout import Cut, Layout
-from dynlora.shrink.plain_config import cut_config
 from dynlora.shrink.report import ShrinkReport, size_as_read, size_of
 from dynlora.shrink.rows import read_rows
 from dynlora.shrink.search import Point, search
 from dynlora.shrink.source import read
 from dynlora.shrink.spectrum import decompose
-from dynlora.shrink.write import check_out, new_folder, read_config, verify, write
+from dynlora.shrink.write import check_out, read_config, verify, write
 
 DEFAULT_TOLERANCE = 0.01
 
@@ -195,10 +195,9 @@ def _written(
     """Write and verify; nothing is left if that fails."""
     if out is None:
         return {}
-    config = cut_config(layout.adapter, layout.ranks(cut))
     done: dict[str, Any] = {"out": Path(out)}
-    with new_folder(Path(out)) as temporary:
-        write(temporary, layout.adapter.folder, config, layout.tensors(cut))
+    with whole_folder(Path(out)) as temporary:
+        write(temporary, layout.adapter.folder, layout.config_fields(cut), layout.tensors(cut))
         done["config"] = read_config(temporary)
         done["tensor_difference"] = verify(temporary, layout, cut)
         if held_out is not None:

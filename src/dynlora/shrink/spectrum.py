@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynlora.shrink.source import Update
+from dynlora.adapter_files.updates import Update
 
 
 @dataclass(frozen=True)

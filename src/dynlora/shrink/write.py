@@ -1,10 +1,8 @@
 """Write a cut adapter: checked against what it should be, and there whole or not at all."""
 
-import contextlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dynlora.adapter_files.format import CONFIG_FILE, WEIGHTS_FILE
+from dynlora.adapter_files.updates import stack
 from dynlora.shrink.layout import Cut, Layout
-from dynlora.shrink.source import CONFIG_FILE, WEIGHTS_FILE, stack
 
 TOLERANCE = 1e-6
 """Relative to each ΔW, for factors in float32; half precision adds its own rounding."""
@@ -35,19 +34,6 @@ def check_out(out: Path, folder: Path) -> None:
         raise FileExistsError(f"out={str(out)!r} is the adapter itself; name another folder.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"out={str(out)!r} exists already; name a new folder or remove it.")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that gets its name when the block ends well, else vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it its owner's alone
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write(

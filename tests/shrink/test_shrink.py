@@ -203,7 +203,7 @@ def test_modules_of_rank_0_are_excluded_and_scalings_stay(tmp_path):
 def _zero(folder, part):
     tensors = load_file(folder / WEIGHTS)
     for key, tensor in tensors.items():
-        if part in key and "lora_B" in key:
+        if part in key and ("lora_B" in key or "lora_embedding_B" in key):
             tensor.zero_()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -448,10 +448,29 @@ def test_what_is_no_plain_lora_is_refused_with_a_way_out(every_layer, changes, m
         shrink_adapter(every_layer[1], energy=0.9)
 
 
+def test_an_orthogonal_start_leaves_the_base_as_it_is_and_is_cut(every_layer):
+    _, folder, out = every_layer
+    _edit(folder, init_lora_weights="orthogonal")
+    assert shrink_adapter(folder, out, energy=0.9).config.init_lora_weights is True
+
+
+def test_where_only_bare_parameters_are_left_no_module_is_targeted(every_layer):
+    _, folder, out = every_layer
+    for part in ("words", "conv", "attention", "linear", "narrow"):
+        _zero(folder, f".{part}.")
+    done = shrink_adapter(folder, out, energy=1.0)
+    assert {name.split(".")[0] for name, rank in done.ranks.items() if rank} == {"experts"}
+    assert not done.config.target_modules
+    assert {n.split(":")[0] for n in deltas(loaded(net, out))} == {
+        "base_model.model.experts", "base_model.model.experts.base_layer"
+    }  # fmt: skip
+
+
 def test_tensors_that_are_not_understood_are_refused(every_layer):
     folder = every_layer[1]
     whole = load_file(folder / WEIGHTS)
-    for key in ("base_model.model.linear.lora_magnitude_vector", "base_model.model.vera_lambda_b"):
+    for key in ("base_model.model.linear.lora_magnitude_vector", "base_model.model.vera_lambda_b",
+                "base_model.model.linear.lora_c"):  # fmt: skip
         save_file(whole | {key: torch.ones(3)}, folder / WEIGHTS)
         with pytest.raises(ValueError, match=rf"holds '{key}', which is neither"):
             shrink_adapter(folder, energy=0.9)
