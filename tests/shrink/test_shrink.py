@@ -469,8 +469,8 @@ def test_where_only_bare_parameters_are_left_no_module_is_targeted(every_layer):
 def test_tensors_that_are_not_understood_are_refused(every_layer):
     folder = every_layer[1]
     whole = load_file(folder / WEIGHTS)
-    for key in ("base_model.model.linear.lora_magnitude_vector", "base_model.model.vera_lambda_b",
-                "base_model.model.linear.lora_c"):  # fmt: skip
+    for part in ("linear.lora_magnitude_vector", "vera_lambda_b", "linear.lora_c"):
+        key = f"base_model.model.{part}"
         save_file(whole | {key: torch.ones(3)}, folder / WEIGHTS)
         with pytest.raises(ValueError, match=rf"holds '{key}', which is neither"):
             shrink_adapter(folder, energy=0.9)
