@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_blockwise
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -596,7 +596,19 @@ def test_a_hook_of_the_users_on_a_factor_stays_and_is_called():
     assert calls[0] == 4 > calls[-1] == allocator.ranks()["layers.1"] > 0
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
+def test_an_orthogonal_start_shrinks_and_loads_at_odd_ranks(tmp_path):
+    model, optimizer, allocator = attached(
+        total_steps=20, target_r=1, init_lora_weights="orthogonal"
+    )
+    train(model, optimizer, 20)
+    before = model(data()[0])
+    assert any(rank % 2 for rank in allocator.finalize_().values())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small_net(), str(tmp_path))
+    torch.testing.assert_close(loaded(data()[0]), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_rewrites_the_base_keeps_its_shapes_and_says_so(start, tmp_path):
     model, optimizer, allocator = attached(
         total_steps=20, target_r=0.5, init_lora_weights=start, r=2

@@ -29,7 +29,7 @@ _PARTS = {
     "ema": "ema", "live": "live",
 }  # fmt: skip
 
-REWRITING_STARTS = ("pissa", "olora", "corda", "orthogonal", "lora_ga", "loftq")
+REWRITING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """``init_lora_weights`` by which PEFT changes the base's weights, again at each load, for these ranks."""
 
 VARIANTS = (

@@ -66,6 +66,10 @@ def ragged_config(
         )
     ragged = copy.copy(config)
     ragged.rank_pattern, ragged.alpha_pattern = {}, {}
+    if (
+        config.init_lora_weights == "orthogonal"
+    ):  # which PEFT refuses at odd ranks, loading included
+        ragged.init_lora_weights = True
     for module in present:
         key, rank = exact_key(module.name), ranks[module.name]
         alpha = (module.scaling or 1.0) * (rank**0.5 if config.use_rslora else rank)

@@ -26,6 +26,5 @@ def read(folder: Path) -> updates.Adapter:
     if method != "LORA":
         raise AdapterFileError(f"{folder} has peft_type {method!r}; only LORA can be shrunk.")
     adapter = updates.read(folder, allowed=("layer_replication",))
-    if adapter.stored.get("init_lora_weights") != "orthogonal":  # it leaves the base as it is
-        updates.refuse_rewriting_start(adapter)
+    updates.refuse_rewriting_start(adapter)
     return adapter
