@@ -79,7 +79,7 @@ def test_a_task_may_start_from_a_recipe_file(tmp_path):
         ({"select": "held_out"}, "task 'short': data.evals=.* must begin with the set 'held_out'"),
         (
             {"methods": {"lora": {"method": "lora", "adapter": {"rank": 2}}}},
-            "task 'short' with method 'lora': unknown field 'adapter.rank'",
+            "task 'short' with method 'lora': field 'adapter.rank' may not be given",
         ),
         ({"tasks": {"t": {"recipe": "none.yaml"}}}, "task 't': recipe .*none.yaml' cannot be read"),
     ],
