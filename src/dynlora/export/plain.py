@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dynlora.adapter_files.format import OUT_PROJECTION, PREFIX, factor_key, group_of, parse_key
 from dynlora.allocator.processes import is_first_process
 from dynlora.export.folder import checked_folder, write_adapter
-from dynlora.gated.adapter import plain_config
 from dynlora.gated.config import DynLoraConfig
+from dynlora.gated.configs import plain_config
 from dynlora.gated.fold import fold_all
 from dynlora.gated.layer import GatedComponents
 from dynlora.lora.components import (

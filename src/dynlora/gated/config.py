@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
 
@@ -100,6 +100,8 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
     r: int = field(default=None, metadata={"help": "Components per module at the start: init_r."})  # type: ignore[assignment]  # filled in __post_init__
     lora_alpha: int = field(default=None, metadata={"help": "Scaling is lora_alpha / init_r."})  # type: ignore[assignment]  # likewise
     lora_dropout: float = field(default=None, metadata={"help": "Dropout of the adapter's input."})  # type: ignore[assignment]  # likewise
+    adapter_class: ClassVar[Any] = None  # what a RankAllocator handles such an adapter with
+
     init_r: int | None = None
     init: Init = None  # type: ignore[assignment]  # likewise
     init_std: float | None = None
@@ -123,13 +125,6 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
     def settings(self) -> Settings:
         """The settings of the run that this config asks for."""
         return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
-
-    @property
-    def adapter_class(self) -> Any:
-        """What a RankAllocator handles such an adapter with."""
-        from dynlora.gated.adapter import GatedAdapter
-
-        return GatedAdapter
 
     @classmethod
     def from_pretrained(

@@ -16,8 +16,8 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from dynlora.adapter_files.format import OUT_PROJECTION
-from dynlora.gated.adapter import plain_config
 from dynlora.gated.config import DynLoraConfig
+from dynlora.gated.configs import plain_config
 from dynlora.gated.guard import stop_waiting
 from dynlora.gated.layer import EmbeddingGate, GatedComponents, can_drop
 from dynlora.gated.model import DynLoraModel

@@ -12,10 +12,10 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from dynlora._private import ConvNd
-from dynlora.gated.adapter import with_one_component
 from dynlora.gated.adapter_file import check_tensors
 from dynlora.gated.base_match import check_against_base, check_others, check_same_modules
 from dynlora.gated.config import DYNLORA, DynLoraConfig
+from dynlora.gated.configs import with_one_component
 from dynlora.gated.guard import expect_allocator
 from dynlora.gated.layer import attach_gate_, resize_
 from dynlora.lora.components import find_components, unwrapped
