@@ -232,18 +232,15 @@ def attach_gate_(
 def _draw_(
     a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None, init: str
 ) -> None:
-    """Initial values: as LoRA's, Kaiming uniform with the official code's a = 0, or N(0, init_std²)."""
-    if not identity:
-        gate.fill_(1.0)
+    """Initial values: PEFT's, Kaiming uniform with the official code's a = 0, or N(0, init_std²)."""
+    if not identity or (init_std is None and init == "lora"):
+        gate.fill_(1.0)  # A and B stay as PEFT has drawn them
         return
     for factor in (a, b):
         if init_std is None:
-            nn.init.kaiming_uniform_(factor, a=0 if init == "kaiming" else 5**0.5)
+            nn.init.kaiming_uniform_(factor, a=0)
         else:
             nn.init.normal_(factor, std=init_std)
-    if init_std is None and init == "lora":
-        b.zero_()
-        gate.fill_(1.0)
 
 
 def drop_(layer: Any, adapter: str) -> None:
