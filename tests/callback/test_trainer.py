@@ -296,6 +296,32 @@ def test_an_interrupted_trainer_trains_anew_with_the_same_callback(tmp_path):
     assert callback.allocator.is_frozen
 
 
+@both_kinds
+@pytest.mark.parametrize("target_r", [0.8, "auto"])
+def test_a_new_trainer_goes_on_from_what_an_interrupted_one_has_cut(tmp_path, gated, target_r):
+    """A notebook cell stopped after the freeze and run again: modules of rank 0 are in the model."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **_kwargs):
+            if state.global_step == 15:
+                raise KeyboardInterrupt
+
+    first, before = trainer_of(
+        tmp_path / "first", gated=gated, callbacks=[Interrupt()], target_r=0.8
+    )
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert before.allocator.is_frozen
+    left = sum(before.allocator.ranks().values())
+    assert 0 in before.allocator.ranks().values()
+    if gated:
+        first.model.peft_config["default"].target_r = target_r
+    again = callback_with(gated=gated, target_r=target_r)
+    trainer(tmp_path / "second", first.model, [again]).train()
+    assert again.allocator.step == 20
+    assert 0 < sum(again.ranks.values()) <= left
+
+
 def test_a_second_run_on_what_came_out_makes_it_smaller(tmp_path):
     """Modules of rank 0 of the first run are not there any more, and nothing trips over them."""
     first, callback = trainer_of(tmp_path / "first", target_r=1)

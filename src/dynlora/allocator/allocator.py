@@ -268,10 +268,10 @@ class RankAllocator:
                 f"are frozen at step {self.stop}"
             )
             warnings.warn(
-                f"The adapter keeps {self.cost} {self.settings.budget} instead of {self.target_cost}: "
-                f"{why}. Its function is unchanged. To cut it down, call allocator.freeze_() before "
-                "finalize_(), pass freeze_on_stop=True to DynLoraCallback, or use `dynlora shrink` on "
-                "what is saved.",
+                f"The adapter is over its budget: it keeps {self.cost} {self.settings.budget} instead of "
+                f"{self.target_cost}, because {why}. Its function is unchanged. To cut it down, call "
+                "allocator.freeze_() before finalize_(), pass freeze_on_stop=True to DynLoraCallback, or "
+                "use `dynlora shrink` on what is saved.",
                 stacklevel=2,
             )
         self.detach()
@@ -424,13 +424,13 @@ class RankAllocator:
         """Find the budget by held-out loss, and turn the components if their energy decides."""
         assert self.evaluate is not None  # noqa: S101  # known_evaluate has seen to it
         tolerance = self.settings.tolerance
-        search = BudgetSearch(
-            self.modules, self._costs, self._floors, self.evaluate, tolerance=tolerance
-        )
+        rows = [i for i, m in enumerate(self.modules) if not m.is_dropped]
+        costs, floors = ([values[i] for i in rows] for values in (self._costs, self._floors))
+        search = BudgetSearch(self.present, costs, floors, self.evaluate, tolerance=tolerance)
         choice = search.search()
         self.target_cost = choice.curve.budget
         if choice.order == "energy":
-            for module in self.modules:
+            for module in self.present:
                 rotate_(module, self.optimizer)
         return choice
 

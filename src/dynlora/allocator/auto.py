@@ -100,7 +100,7 @@ class BudgetSearch:
                 "a better model. Return a loss, or set target_r to a number."
             )
         found = [self._in_order("sensitivity", _joined([m.ema for m in self.modules]), reference)]
-        if all(m.gate is None for m in self.modules):
+        if not any(m.is_gated for m in self.modules):
             with self._restored():
                 for module in self.modules:
                     rotate_(module)

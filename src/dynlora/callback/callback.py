@@ -148,7 +148,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             return  # model_init builds another, or on_train_begin says what is missing
         self._stop_following()
         self._start = AdapterStart.of(model, self.adapter)
-        if all(m.gate is None for m in self._start.modules):
+        if not any(m.is_gated for m in self._start.modules):
             self._follower = CheckpointFollower(model, self._start)
 
     def on_train_begin(
@@ -172,7 +172,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             total_steps=state.max_steps,
             adapter=self.adapter,
             score=self.score,
-            evaluate=known_evaluate(self.evaluate, self.settings, self.eval_batches),
+            evaluate=known_evaluate(self.evaluate, self._target_r(model), self.eval_batches),
             preset=self.preset,
             start=self._start if self._start and self._start.is_of(model) else None,
             **self.settings,
@@ -186,6 +186,12 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self.allocator.detach()
         put_first(LiveLogs(self.allocator, self.rank_image), calling_self(CallbackHandler))
         self._open_history(args, state)
+
+    def _target_r(self, model: nn.Module) -> Any:
+        """As given here, or in the config of an adapter that has the settings there."""
+        configs = configs_of(model)
+        config = configs.get(self.adapter) if self.adapter else next(iter(configs.values()), None)
+        return self.settings.get("target_r", getattr(config, "target_r", None))
 
     def on_pre_optimizer_step(
         self,

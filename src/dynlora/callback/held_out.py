@@ -59,10 +59,10 @@ def held_out_loss(trainer: Trainer, batches: int) -> Callable[[], float]:
 
 
 def known_evaluate(
-    given: Callable[[], float] | None, settings: dict[str, Any], batches: int
+    given: Callable[[], float] | None, target_r: Any, batches: int
 ) -> Callable[[], float] | None:
     """The held-out loss to use: the user's function, the Trainer's, or None where nobody asks."""
-    if settings.get("target_r") != "auto" or given is not None:
+    if target_r != "auto" or given is not None:
         return given
     trainer = calling_self(Trainer)
     return None if trainer is None else held_out_loss(trainer, batches)

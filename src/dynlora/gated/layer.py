@@ -308,6 +308,8 @@ def can_drop(layer: Any) -> bool:
 class GatedComponents(LoraComponents):
     """The components of one gated layer: A, B and the gate c; scores and masks are its buffers."""
 
+    is_gated = True
+
     @property
     def layers(self) -> tuple[Any, ...]:
         """The layer."""

@@ -116,9 +116,11 @@ class LoraComponents:
         ema: smoothed importance, (rank,), fp32.
         live: False where a component is pruned, (rank,), bool.
         must_stay: whether something else of the adapter is saved only while the module has components.
+        is_gated: whether the layer has a number in front of each component while it has rank.
     """
 
     must_stay = False
+    is_gated = False
 
     def __init__(self, path: str, layer: Any, adapter: str) -> None:
         self.path = path

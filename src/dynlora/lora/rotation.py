@@ -39,7 +39,7 @@ def warm_start_(model: nn.Module, adapter: str | None = None) -> None:
             "DeepSpeed wraps the model."
         )
     for module in modules:
-        if module.gate is None and not module.is_dropped:
+        if not module.is_gated and not module.is_dropped:
             rotate_(module)
 
 
