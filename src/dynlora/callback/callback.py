@@ -166,15 +166,19 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         if self.allocator:  # of an earlier run, interrupted or finished
             self.allocator.detach()
         self.ranks = {}
+        start = self._start
+        if start is None or not start.is_of(model):
+            start = AdapterStart.of(model, self.adapter)
+        target_r = self.settings.get("target_r", getattr(start.config, "target_r", None))
         self.allocator = RankAllocator(
             model,
             optimizer,
             total_steps=state.max_steps,
             adapter=self.adapter,
             score=self.score,
-            evaluate=known_evaluate(self.evaluate, self._target_r(model), self.eval_batches),
+            evaluate=known_evaluate(self.evaluate, target_r, self.eval_batches),
             preset=self.preset,
-            start=self._start if self._start and self._start.is_of(model) else None,
+            start=start,
             **self.settings,
         )
         self._stop_following()
@@ -186,12 +190,6 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self.allocator.detach()
         put_first(LiveLogs(self.allocator, self.rank_image), calling_self(CallbackHandler))
         self._open_history(args, state)
-
-    def _target_r(self, model: nn.Module) -> Any:
-        """As given here, or in the config of an adapter that has the settings there."""
-        configs = configs_of(model)
-        config = configs.get(self.adapter) if self.adapter else next(iter(configs.values()), None)
-        return self.settings.get("target_r", getattr(config, "target_r", None))
 
     def on_pre_optimizer_step(
         self,
