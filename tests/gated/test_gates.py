@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from dynlora import DynLoraConfig, export_lora, finalize_
 from dynlora.lora.components import find_components
@@ -267,6 +268,22 @@ def test_a_grouped_convolution_is_refused():
 def test_a_mixed_model_is_refused_by_name():
     with pytest.raises(ValueError, match="'DYNLORA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(tiny_llama(), config(gated=True), mixed=True)
+
+
+def test_a_vit_is_not_taken_for_a_mixture_of_experts():
+    """Its class token and positions are tensors of three dimensions, too."""
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=8,
+        patch_size=4,
+    )
+    model = get_peft_model(
+        ViTForImageClassification(config), DynLoraConfig(target_r=1, target_modules="all-linear")
+    )
+    assert len([m for m in model.modules() if isinstance(m, LoraLayer)]) == 6
 
 
 @pytest.mark.parametrize("name", ["w1", "experts.down_proj.weight"])

@@ -135,7 +135,7 @@ def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
         for name, module in modules.items()
         if not isinstance(module, ConvNd | BaseTunerLayer)
         for parameter, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3
+        if weight.ndim == 3 and min(weight.shape) > 1  # a ViT's class token is (1, 1, hidden)
     ]
     if not fused:
         return
