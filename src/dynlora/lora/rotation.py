@@ -58,7 +58,7 @@ def rotate_(module: LoraComponents, optimizer: Optimizer | None = None) -> None:
     for (a, b), switch in zip(module.pairs, module.switches, strict=True):
         turns = torch.stack([basis(v) for v in switch.vectors(switch.parameter.detach())])
         for factor in (a, b):
-            _turn_(factor, turns, optimizer)
+            turn_(factor, turns, turns, optimizer)
     module.ema.zero_()
 
 
@@ -78,12 +78,22 @@ def basis(vectors: Tensor) -> Tensor:
     return columns.T.flip(0)
 
 
-def _turn_(factor: Factor, turns: Tensor, optimizer: Optimizer | None) -> None:
-    """Turn a factor, its gradient and its optimizer state by T of each copy, (copies, rank, rank)."""
+def turn_(
+    factor: Factor, turns: Tensor, gradient_turns: Tensor, optimizer: Optimizer | None
+) -> None:
+    """Turn a factor by T of each copy, (copies, rank, rank), in place.
+
+    Args:
+        factor: A or B of a pair.
+        turns: T; the other factor of the pair is turned by T⁻ᵀ.
+        gradient_turns: T⁻ᵀ, which gradients of this factor turn by, and what the optimizer averages of
+            them; T again where T is orthogonal.
+        optimizer: whose state turns along, as :func:`rotate_` says.
+    """
     parameter = factor.parameter
     _apply_(factor, parameter.data, turns)
     if parameter.grad is not None:
-        _apply_(factor, parameter.grad, turns)
+        _apply_(factor, parameter.grad, gradient_turns)
     state = {} if optimizer is None else optimizer.state.get(parameter, {})
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.numel() == 1:
@@ -91,7 +101,8 @@ def _turn_(factor: Factor, turns: Tensor, optimizer: Optimizer | None) -> None:
         if value.shape != parameter.shape or not value.is_floating_point():
             del optimizer.state[parameter]  # type: ignore[union-attr]  # there is a state
             return
-        _apply_(factor, value, turns.square() if key in _SQUARES else turns)
+        turned_by = gradient_turns.square() if key in _SQUARES else gradient_turns
+        _apply_(factor, value, turned_by)
 
 
 def _apply_(factor: Factor, tensor: Tensor, turns: Tensor) -> None:

@@ -12,6 +12,7 @@ from dynlora_lab.methods.bottleneck import houlsby, pfeiffer
 from dynlora_lab.methods.dynamic import dynlora, dynlora_auto, dynlora_gated, gated, random
 from dynlora_lab.methods.lora import lora, lora_initial, lora_svd
 from dynlora_lab.methods.options import AdapterOptions
+from dynlora_lab.methods.squeeze import cont_squeeze, dynlora_rotated, in_squeeze
 from dynlora_lab.methods.whole_model import bitfit, full
 
 METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
@@ -28,6 +29,9 @@ METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
     "gated": gated,
     "random": random,
     "lora-svd": lora_svd,
+    "cont-squeeze": cont_squeeze,
+    "in-squeeze": in_squeeze,
+    "dynlora-rotated": dynlora_rotated,
 }
 
 __all__ = ["METHODS", "Adapted", "AdapterOptions", "Target"]

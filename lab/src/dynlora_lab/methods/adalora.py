@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynlora_lab.methods.adapted import Adapted, Target
-from dynlora_lab.methods.lora import shared_fields, whole_rank
+from dynlora_lab.methods.config_fields import shared_fields, whole_rank
 from dynlora_lab.methods.options import AdapterOptions
 
 _ANY_LENGTH = 10**9  # until training begins and its real length is known

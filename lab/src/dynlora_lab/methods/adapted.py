@@ -1,11 +1,12 @@
 """What a method makes of a base model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainingArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,14 @@ class Target:
             adapted, not counted.
         task_type: PEFT's task type, or None.
         seed: of the run.
+        batches: (model that will see them) -> batches of the training rows, as the Trainer makes them.
     """
 
     model: nn.Module
     head: list[str]
     task_type: str | None
     seed: int
+    batches: Callable[[nn.Module], Iterable[Mapping[str, Tensor]]] = lambda _model: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Adapted:
         fits_from: (steps of the run) -> first step whose model is within the final budget.
         save: writes what was trained to a folder; None leaves it to ``Trainer.save_model``.
         can_resume: whether a run can go on from a checkpoint.
+        optimizer: (arguments of the Trainer) -> the optimizer; None for the one that they name.
     """
 
     model: nn.Module
@@ -53,6 +57,7 @@ class Adapted:
     fits_from: Callable[[int], int] = lambda _total_steps: 1
     save: Callable[[Path], object] | None = None
     can_resume: bool = True
+    optimizer: Callable[[TrainingArguments], Optimizer] | None = None
 
 
 def trainable_beside(model: nn.Module, head: list[str]) -> int:

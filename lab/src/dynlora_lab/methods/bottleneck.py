@@ -3,11 +3,10 @@
 import re
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dynlora_lab.methods.adapted import Adapted, Target, is_in_head, train_only, trainable_beside
-from dynlora_lab.methods.lora import shared_fields
+from dynlora_lab.methods.config_fields import component_sizes
 from dynlora_lab.methods.options import AdapterOptions
 from dynlora_lab.methods.trained_weights import save_trained
 
@@ -88,7 +87,7 @@ def _adapted(
             "behind; choose another method."
         )
     outputs = [m.weight.shape[0] if isinstance(m, nn.Linear) else m.nf for _, m in chosen]
-    width = options.bottleneck or width_within(_lora_parameters(options, target), outputs)
+    width = options.bottleneck or width_within(_budget(options, target), outputs)
     for name, module in chosen:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Bottleneck(module, width))
@@ -106,9 +105,6 @@ def _adapted(
     )
 
 
-def _lora_parameters(options: AdapterOptions, target: Target) -> int:
-    """Parameters of a LoRA of rank ``target_r`` on the same model, counted on one without weights."""
-    with torch.device("meta"):
-        shape = type(target.model)(target.model.config)
-    counted = get_peft_model(shape, LoraConfig(r=1, **shared_fields(options, target, rank=1)))
-    return int(options.target_r * trainable_beside(counted, target.head))
+def _budget(options: AdapterOptions, target: Target) -> int:
+    """Parameters of a LoRA of rank ``target_r`` on the same model."""
+    return int(options.target_r * sum(component_sizes(options, target).values()))

@@ -11,13 +11,13 @@ from dynlora.allocator.scores import Score
 from dynlora.lora.components import LoraComponents
 from dynlora.lora.follow import AdapterStart
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
-from dynlora_lab.methods.lora import shared_fields, whole_rank
+from dynlora_lab.methods.config_fields import shared_fields, whole_rank
 from dynlora_lab.methods.options import AdapterOptions
 
 
 def dynlora(options: AdapterOptions, target: Target) -> Adapted:
     """The method on PEFT's LoRA: ranks start at ``init_r``, the least important components leave."""
-    return _on_lora(options, target)
+    return on_lora(options, target, DynLoraCallback(**options.settings()))
 
 
 def dynlora_auto(options: AdapterOptions, target: Target) -> Adapted:
@@ -39,7 +39,8 @@ def dynlora_auto(options: AdapterOptions, target: Target) -> Adapted:
 
 def random(options: AdapterOptions, target: Target) -> Adapted:
     """The same schedule and budget, but an order drawn once decides which components leave."""
-    return _on_lora(options, target, score=random_score(target.seed))
+    callback = DynLoraCallback(score=random_score(target.seed), **options.settings())
+    return on_lora(options, target, callback)
 
 
 def dynlora_gated(options: AdapterOptions, target: Target) -> Adapted:
@@ -68,15 +69,19 @@ def random_score(seed: int) -> Score:
     return score
 
 
-def _on_lora(options: AdapterOptions, target: Target, score: Score | None = None) -> Adapted:
+def on_lora(options: AdapterOptions, target: Target, callback: DynLoraCallback) -> Adapted:
+    """PEFT's LoRA of rank ``init_r`` with the callback of a method, whose settings are the budget's.
+
+    Raises:
+        ValueError: the recipe asks for a start of gates.
+    """
     if options.init != "lora" or options.init_std is not None:
         raise ValueError(
             f"adapter.init={options.init!r}, adapter.init_std={options.init_std} are starts of gated "
             "components: choose method dynlora-gated, or leave them out."
         )
     config = LoraConfig(r=options.start_r, **shared_fields(options, target, rank=options.start_r))
-    callback = DynLoraCallback(score=score, **options.settings())
-    return _adapted(config, options.settings(), target, callback)
+    return _adapted(config, callback.settings, target, callback)
 
 
 def _on_gates(options: AdapterOptions, target: Target, *, rank: int, **changed: float) -> Adapted:

@@ -2,27 +2,27 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig
 
 from dynlora.allocation import Settings
 from dynlora.gated.config import Init
 
+Placement = Literal["all", "attention", "feed-forward"]
+
+STARTS = ("eva", "gaussian", "lora_ga", "olora", "orthogonal", "pissa")
+"""PEFT's names of starts that need nothing beside batches of the training rows."""
+
+_OF_LORA = ("init_lora_weights", "use_rslora", "loraplus_lr_ratio", "placement")
+
 _ELSEWHERE = {
     "r": "write target_r, the mean rank at the end, and init_r, the rank at the start",
     "rank": "it is called target_r",
     "alpha": "it is called lora_alpha",
     "dropout": "it is called lora_dropout",
-    "use_rslora": (
-        "every method scales by lora_alpha / target_r; for the scale of rsLoRA multiply lora_alpha by "
-        "the square root of target_r"
-    ),
-    "init_lora_weights": (
-        "every method starts from PEFT's default; train with another start in a script of your own, "
-        "with PEFT's LoraConfig"
-    ),
     "rank_pattern": "write ranks, the rank by module name, with method lora",
     "bias": "it is 'none'; method bitfit trains the biases",
     "modules_to_save": "the head is trained and saved by itself",
@@ -48,6 +48,11 @@ class AdapterOptions(Settings):
             whatever rank it starts.
         lora_dropout: of the adapter's input, in [0, 1).
         init, init_std: of the gated methods; see DynLoraConfig.
+        init_lora_weights: of ``lora``: PEFT's name of a start, such as ``pissa``; True is PEFT's default.
+        use_rslora: of ``lora``: scale by lora_alpha / √target_r.
+        loraplus_lr_ratio: of ``lora``: train B at so many times the learning rate, with PEFT's LoRA+.
+        placement: of ``lora``: adapt the linear layers of ``attention`` or of the ``feed-forward`` nets
+            alone, with as many parameters as ``target_r`` on ``all`` of ``target_modules`` has.
         ranks: of ``lora``: rank by module name, such as a finished run's ``run.json`` holds; modules of
             rank 0 are not adapted; instead of ``target_r`` everywhere.
         bottleneck: width of ``houlsby`` and ``pfeiffer``; None: as wide as the budget allows.
@@ -61,6 +66,10 @@ class AdapterOptions(Settings):
     lora_dropout: float = 0.0
     init: Init = "lora"
     init_std: float | None = None
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
+    loraplus_lr_ratio: float | None = None
+    placement: Placement = "all"
     ranks: dict[str, int] | None = None
     bottleneck: int | None = None
 
@@ -91,6 +100,44 @@ class AdapterOptions(Settings):
             )
         if self.bottleneck is not None and self.bottleneck < 1:
             raise ValueError(f"bottleneck={self.bottleneck} must be at least 1.")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Check the fields of method ``lora``."""
+        start = self.init_lora_weights
+        if start is not True and not _is_start(start):
+            raise ValueError(
+                f"init_lora_weights={start!r} must be true, or one of {', '.join(STARTS)} or "
+                "pissa_niter_N; for another start of PEFT's train in a script of your own."
+            )
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
+            raise ValueError(
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio} must be at least 1; LoRA+ recommends 16."
+            )
+        if self.placement != "all" and self.ranks is not None:
+            raise ValueError(
+                f"placement={self.placement!r} and ranks both say which modules are adapted; leave one "
+                "of them out."
+            )
+        if self.use_rslora and (self.placement != "all" or self.ranks is not None):
+            raise ValueError(
+                "use_rslora=True scales by each module's own rank, so it cannot be used with ranks or "
+                "placement; multiply lora_alpha by the square root of target_r instead."
+            )
+
+    def refuse_beside(self, method: str) -> None:
+        """Refuse fields of ``lora`` in a recipe of another method, which would ignore them.
+
+        Raises:
+            ValueError: names the field and the way out.
+        """
+        fields = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in _OF_LORA:
+            if method != "lora" and getattr(self, name) != fields[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for method lora, and {method} has none of it; "
+                    "choose method lora, or leave it out."
+                )
 
     @property
     def start_r(self) -> int:
@@ -106,6 +153,10 @@ class AdapterOptions(Settings):
         """The fields of Settings by name, without the length of the run, which the Trainer knows."""
         names = [f.name for f in dataclasses.fields(Settings) if f.name != "total_steps"]
         return {name: getattr(self, name) for name in names}
+
+
+def _is_start(name: object) -> bool:
+    return name in STARTS or re.fullmatch(r"pissa_niter_\d+", str(name)) is not None
 
 
 _OURS = {f.name for f in dataclasses.fields(AdapterOptions)}

@@ -143,6 +143,11 @@ def _checked(values: dict[str, Any], family: Family) -> Recipe:
     if plain.get("method", "dynlora") not in METHODS:
         raise RecipeError(unknown_name("method", plain["method"], METHODS))
     section = {name: values.get(name) or {} for name in SECTIONS}
+    adapter = build(AdapterOptions, section["adapter"], section="adapter.", refused=NOT_OFFERED)
+    try:
+        adapter.refuse_beside(plain.get("method", "dynlora"))
+    except ValueError as error:
+        raise RecipeError(f"adapter.{error}") from error
     return build(
         Recipe,
         {
@@ -150,9 +155,7 @@ def _checked(values: dict[str, Any], family: Family) -> Recipe:
             "data": build(DataSource, section["data"], section="data."),
             "options": build(family.options, section["options"], section="options."),
             "base": build(BaseOptions, section["base"], section="base."),
-            "adapter": build(
-                AdapterOptions, section["adapter"], section="adapter.", refused=NOT_OFFERED
-            ),
+            "adapter": adapter,
             "training": check_values(
                 family.arguments,
                 section["training"],

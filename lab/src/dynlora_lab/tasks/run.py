@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import prepare_model_for_kbit_training
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 from dynlora import export_lora
@@ -139,11 +140,19 @@ def build_model(
         head=prepared.head,
         task_type=recipe.family.task_type,
         seed=recipe.seed,
+        batches=lambda model: _batches(recipe, prepared, model),
     )
     try:
         return prepared, METHODS[recipe.method](recipe.adapter, target)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def _batches(recipe: Recipe, prepared: Prepared, model: nn.Module) -> DataLoader[Any]:
+    """Batches of the training rows, as a Trainer of this recipe would give them to ``model``."""
+    whole = Adapted(model=model, parameters=lambda: 0)
+    trainer = make_trainer(recipe, prepared, whole, training_arguments(recipe), [])
+    return trainer.get_train_dataloader()
 
 
 def _place(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[str | None, dict[str, Any]]:

@@ -84,6 +84,9 @@ def make_trainer(
     options = dict(prepared.trainer_options)
     if prepared.collator is not None:
         options["data_collator"] = prepared.collator
+    if adapted.optimizer is not None:
+        adapted.model.to(arguments.device)
+        options["optimizers"] = (adapted.optimizer(arguments), None)
     trainer: Trainer = trainer_class(
         adapted.model,
         arguments,
