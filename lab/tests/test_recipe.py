@@ -69,10 +69,32 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
             ["--adapter.r", "8"],
             r"field 'adapter\.r' may not be given: write target_r, the mean rank at the end, and init_r",
         ),
-        (["--use_rslora", "true"], "option '--use_rslora' may not be given: every .* square root"),
-        (["--adapter.use_rslora", "true"], r"field 'adapter\.use_rslora' may not be given: every"),
-        (["--adapter.init_lora_weights", "pissa"], "every method starts from PEFT's default"),
-        (["--init_lora_weights", "pissa"], "every method starts from PEFT's default"),
+        (
+            ["--use_rslora", "true"],
+            r"adapter\.use_rslora=True is for method lora, and dynlora has none of it; choose method lora",
+        ),
+        (
+            ["--init_lora_weights", "pissa"],
+            r"adapter\.init_lora_weights='pissa' is for method lora",
+        ),
+        (
+            ["--method", "lora", "--init_lora_weights", "pisa"],
+            "init_lora_weights='pisa' must be true, or one of eva, .* pissa or pissa_niter_N; for another",
+        ),
+        (["--init_lora_weights", "false"], "init_lora_weights=False must be true, or one of eva"),
+        (["--loraplus_lr_ratio", "0.5"], "loraplus_lr_ratio=0.5 must be at least 1; LoRA"),
+        (
+            ["--placement", "mlp"],
+            "'adapter.placement' is 'mlp': input should be 'all', 'attention' or",
+        ),
+        (
+            ["--placement", "attention", "--ranks", "{a: 1}"],
+            "placement='attention' and ranks both say which modules are adapted; leave one",
+        ),
+        (
+            ["--placement", "attention", "--use_rslora", "true"],
+            "use_rslora=True scales by each module's own rank, .* multiply lora_alpha by the square root",
+        ),
         (["--adapter.use_dora", "true"], "recipes do not offer this field of LoraConfig; leave it"),
         (["--adapter.xyz", "1"], r"unknown field 'adapter\.xyz'; known are bottleneck, budget"),
         (["--training.lr", "1"], r"'training\.lr' may not be given: it is called learning_rate"),

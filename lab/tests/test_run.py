@@ -62,7 +62,15 @@ def recipe(tmp_path, inputs):
     return make
 
 
-PRUNING = ("dynlora", "dynlora-gated", "random", "lora-svd")
+PRUNING = (
+    "dynlora",
+    "dynlora-gated",
+    "random",
+    "lora-svd",
+    "cont-squeeze",
+    "in-squeeze",
+    "dynlora-rotated",
+)
 
 
 def record_of(recipe):

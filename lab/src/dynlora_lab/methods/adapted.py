@@ -19,14 +19,14 @@ class Target:
             adapted, not counted.
         task_type: PEFT's task type, or None.
         seed: of the run.
-        batches: (model that will see them) -> batches of the training rows, as the Trainer makes them.
+        batches: makes batches of the training rows, as the Trainer does, on the device of the model.
     """
 
     model: nn.Module
     head: list[str]
     task_type: str | None
     seed: int
-    batches: Callable[[nn.Module], Iterable[Mapping[str, Tensor]]] = lambda _model: ()
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]] = tuple
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from dynlora_lab.methods.config_fields import (
 )
 from dynlora_lab.methods.options import AdapterOptions
 from dynlora_lab.methods.singular import squared_norms, to_singular_triplets_
-from dynlora_lab.methods.starts import with_start
+from dynlora_lab.methods.starts import REWRITES_BASE, plain_saver, with_start
 
 
 def lora(options: AdapterOptions, target: Target) -> Adapted:
@@ -43,10 +43,14 @@ def lora(options: AdapterOptions, target: Target) -> Adapted:
     else:
         fields = shared_fields(options, target, rank=options.target_r)
         fields |= ranked_fields(options, ranks, target.model)
-    made = _trained(with_start(options, target, fields), target)
-    if options.loraplus_lr_ratio is None:
-        return made
-    return dataclasses.replace(made, optimizer=_loraplus(made.model, options.loraplus_lr_ratio))
+    model = with_start(options, target, fields)
+    ratio = options.loraplus_lr_ratio
+    rewritten = model.peft_config["default"].init_lora_weights
+    return dataclasses.replace(
+        _trained(model, target),
+        save=plain_saver(model) if str(rewritten).startswith(REWRITES_BASE) else None,
+        optimizer=None if ratio is None else _loraplus(model, ratio),
+    )
 
 
 def lora_initial(options: AdapterOptions, target: Target) -> Adapted:
@@ -145,5 +149,3 @@ def lora_ranks(model: nn.Module) -> dict[str, int]:
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and "default" in getattr(module, "r", {})
     }
-
-

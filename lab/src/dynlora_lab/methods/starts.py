@@ -1,9 +1,12 @@
 """PEFT's starts of a LoRA by their names, each driven as PEFT's documentation says."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
     EvaConfig,
     LoraConfig,
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from dynlora_lab.methods.adapted import Target
 from dynlora_lab.methods.config_fields import component_sizes, joined_names
 from dynlora_lab.methods.options import AdapterOptions
+
+REWRITES_BASE = ("lora_ga", "olora", "pissa")
+"""Starts that subtract the adapter's first update from the base's weights."""
 
 GRADIENT_BATCHES = 8
 """Batches that LoRA-GA averages its gradient over, as in the example of PEFT's documentation."""
@@ -38,19 +44,24 @@ def with_start(options: AdapterOptions, target: Target, fields: Mapping[str, Any
     start = options.init_lora_weights
     if next(model.parameters()).is_meta:
         start = True
-    config = LoraConfig(init_lora_weights=start, use_rslora=options.use_rslora, **fields)
+    config = LoraConfig(
+        init_lora_weights=start,
+        eva_config=EvaConfig() if start == "eva" else None,
+        lora_ga_config=LoraGAConfig() if start == "lora_ga" else None,
+        use_rslora=options.use_rslora,
+        **fields,
+    )
     if start == "lora_ga":
-        config.lora_ga_config = LoraGAConfig()
         if config.target_modules == "all-linear":  # PEFT's function for it knows names only
             config.target_modules = joined_names(component_sizes(options, target))
         preprocess_loraga(model, config, lambda: _accumulate(model, target))
     if start != "eva":
         return get_peft_model(model, config)
-    config.eva_config = EvaConfig()
-    adapted = get_peft_model(model, config)
+    batches = target.batches()  # before weights are left out, as a Trainer places the model
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)  # as PEFT asks for with EVA
     initialize_lora_eva_weights(
         adapted,
-        target.batches(adapted),
+        batches,
         prepare_model_inputs_fn=_counted_tokens,
         prepare_layer_inputs_fn=_rows,
         show_progress_bar=False,
@@ -58,8 +69,46 @@ def with_start(options: AdapterOptions, target: Target, fields: Mapping[str, Any
     return adapted
 
 
+def plain_saver(model: PeftModel) -> Callable[[Path], object]:
+    """A function that writes a plain LoRA of twice the rank for the base as it was: B A − B₀ A₀.
+
+    PEFT's own conversion (``path_initial_model_for_weight_conversion``) leaves a trained head out of the
+    file in 0.21.2, which then does not load. Without any, LoRA-GA's gradient would be missing at loading.
+
+    Args:
+        model: with an adapter as it starts.
+    """
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+    def save(folder: Path) -> None:
+        state = model.state_dict()
+        for name, first in start.items():
+            is_b = "lora_B" in name
+            state[name] = torch.cat([state[name], -first if is_b else first], dim=int(is_b))
+        config = model.peft_config["default"]
+        model.peft_config["default"] = _doubled(config)
+        model.save_pretrained(folder, state_dict=state)
+        model.peft_config["default"] = config
+
+    return save
+
+
+def _doubled(config: LoraConfig) -> LoraConfig:
+    """The config of an adapter of twice the rank and the same scaling, from PEFT's default start."""
+    by = 2**0.5 if config.use_rslora else 2
+    return dataclasses.replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=by * config.lora_alpha,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: 2 * alpha for name, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+        lora_ga_config=None,
+    )
+
+
 def _accumulate(model: nn.Module, target: Target) -> None:
-    for batch in islice(target.batches(model), GRADIENT_BATCHES):
+    for batch in islice(target.batches(), GRADIENT_BATCHES):
         model(**batch).loss.backward()
 
 

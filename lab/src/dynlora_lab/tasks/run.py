@@ -140,7 +140,7 @@ def build_model(
         head=prepared.head,
         task_type=recipe.family.task_type,
         seed=recipe.seed,
-        batches=lambda model: _batches(recipe, prepared, model),
+        batches=lambda: _batches(recipe, prepared),
     )
     try:
         return prepared, METHODS[recipe.method](recipe.adapter, target)
@@ -148,9 +148,9 @@ def build_model(
         raise RecipeError(str(error)) from error
 
 
-def _batches(recipe: Recipe, prepared: Prepared, model: nn.Module) -> DataLoader[Any]:
-    """Batches of the training rows, as a Trainer of this recipe would give them to ``model``."""
-    whole = Adapted(model=model, parameters=lambda: 0)
+def _batches(recipe: Recipe, prepared: Prepared) -> DataLoader[Any]:
+    """Batches of the training rows, as a Trainer of this recipe would give them to the model."""
+    whole = Adapted(model=prepared.model, parameters=lambda: 0)
     trainer = make_trainer(recipe, prepared, whole, training_arguments(recipe), [])
     return trainer.get_train_dataloader()
 
