@@ -9,7 +9,7 @@ from dynlora_lab.tasks.assets import CATALOGUE, AssetError, fetch_with_sources
 from dynlora_lab.tasks.recipe import read_recipe
 from dynlora_lab.tasks.run import run
 
-LAB = Path(__file__).parent.parent
+LAB = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((LAB / "recipes" / "offline").glob("*.yaml"))}
 RESULTS = sorted((LAB / "results" / "offline-runs").glob("*.json"))
 SMALL = {"max_train_rows": 960, "max_eval_rows": 200}
