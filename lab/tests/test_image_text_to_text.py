@@ -85,32 +85,42 @@ def save_base(folder, template=TEMPLATE):
     return str(folder)
 
 
-def test_a_run_learns_to_answer_and_says_which_tower_kept_its_ranks(tmp_path):
-    result = run_rows(
+def run_questions(tmp_path, **fields):
+    return run_rows(
         tmp_path,
         ROWS,
         task="image-text-to-text",
         model=save_base(tmp_path / "base"),
         options={"group": "kind", "max_new_tokens": 3},
-        adapter={"target_r": 4, "init_r": 6, "prune_interval": 2, "lora_alpha": 16},
-        training={"num_train_epochs": 14, "learning_rate": 2e-2},
+        **fields,
+    ).record
+
+
+def test_a_trained_model_writes_the_right_answers_and_they_are_kept(tmp_path):
+    record = run_questions(
+        tmp_path, method="full", training={"num_train_epochs": 20, "learning_rate": 3e-3}
     )
-    record = result.record
     metrics = record["metrics"]
     assert record["baselines"]["exact_match"] == 50.0
     assert record["evaluations"][0]["eval_exact_match"] <= 50.0
     assert metrics["eval_exact_match"] >= 90.0
     by_kind = [metrics["eval_exact_match_shade"], metrics["eval_exact_match_place"]]
     assert sum(by_kind) / 2 == pytest.approx(metrics["eval_exact_match"])
-    towers = {name.split(".")[1] for name in record["ranks"]}
-    assert towers == {"vision_tower", "multi_modal_projector", "language_model"}
-    assert record["budget"]["components_end"] < record["budget"]["components_start"]
     lines = (tmp_path / "run" / "written.jsonl").read_text(encoding="utf8").splitlines()
     answers = [json.loads(line) for line in lines]
     last = [a for a in answers if a["evaluation"] == 1]
     right = sum(a["written"] == a["expected"] for a in last)
     assert 100 * right / len(last) == pytest.approx(metrics["eval_exact_match"])
     assert AutoProcessor.from_pretrained(tmp_path / "run").chat_template == TEMPLATE
+
+
+def test_both_towers_share_one_budget_and_the_record_has_their_ranks(tmp_path):
+    record = run_questions(tmp_path, training={"num_train_epochs": 3})
+    towers = {name.split(".")[1] for name in record["ranks"]}
+    assert towers == {"vision_tower", "multi_modal_projector", "language_model"}
+    assert record["budget"]["components_end"] < record["budget"]["components_start"]
+    assert sum(record["ranks"].values()) == record["budget"]["components_end"]
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_only_the_answer_and_its_end_count_in_the_loss(tmp_path):
