@@ -101,13 +101,15 @@ def test_the_model_of_the_scenes_loads_and_its_answers_are_where_the_processor_p
     assert model(**batch).loss.isfinite()
 
 
-def test_in_colour_the_vit_computes_what_it_did_in_grey():
+def test_in_colour_the_first_layers_compute_what_they_did_in_grey():
     grey = ViTModel(_vit_config(CLOTHES), add_pooling_layer=False).eval()
     picture = torch.rand(2, 1, 28, 28)
     colour = llava._in_colour(grey).eval()
-    torch.testing.assert_close(
-        colour(picture.expand(-1, 3, -1, -1)).last_hidden_state, grey(picture).last_hidden_state
-    )
+    in_grey = grey(picture, output_hidden_states=True).hidden_states
+    in_colour = colour(picture.expand(-1, 3, -1, -1), output_hidden_states=True).hidden_states
+    assert len(in_colour) == 1 + llava.LAYERS < len(in_grey)
+    torch.testing.assert_close(in_colour[1], in_grey[1])
+    torch.testing.assert_close(in_colour[2], in_grey[2])
 
 
 def test_a_bad_line_is_as_loud_as_it_says_and_keeps_to_the_band():

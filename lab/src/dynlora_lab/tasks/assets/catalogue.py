@@ -175,7 +175,7 @@ MODELS = (
     Asset(
         name="llava-clothes",
         kind="model",
-        what="answers questions on pictures of clothes, LLaVA of a ViT 4 x 128 and a Llama 3 x 128",
+        what="answers questions on pictures of clothes, LLaVA of a ViT and a Llama, 2 x 128 each",
         licence="Apache-2.0, on MIT-licensed pictures",
         build=llava.build_llava,
         made_from=("vit-fashion-mnist", "clothes-scenes"),

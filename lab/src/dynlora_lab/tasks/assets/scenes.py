@@ -12,7 +12,6 @@ from dynlora_lab.tasks.assets.pictures import CLOTHES
 from dynlora_lab.tasks.assets.tables import write_parts
 
 Parts = Mapping[str, Path]
-Picture = NDArray[np.uint8]
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
