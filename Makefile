@@ -5,6 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLEAN_CACHE := rm -rf .import_linter_cache
 LAB_TESTS := lab/tests lab/src
+# Tests run in one process a core (WORKERS=0: in pytest's own), each with one thread of torch: more would spin against
+# each other. A file's tests stay in one process, so what a module prepares is made once.
+WORKERS ?= logical
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .PHONY: setup demo test test-lab test-slow test-zero check fmt coverage mutants hooks docs peft-suite bench gpu ci
 
@@ -24,13 +28,13 @@ demo: .venv/cli.stamp
 	$(BIN)/dynlora demo
 
 test: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-lab: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(LAB_TESTS)
+	$(PYTEST) -m "not slow" $(LAB_TESTS)
 
 test-slow: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests $(LAB_TESTS)
+	$(PYTEST) -m slow tests $(LAB_TESTS)
 
 .venv/zero.stamp: .venv/dev.stamp
 	$(PIP) hatchling editables
@@ -38,7 +42,7 @@ test-slow: .venv/dev.stamp
 	touch $@
 
 test-zero: .venv/zero.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -k zero tests/allocator/test_distributed.py
+	$(PYTEST) -m slow -k zero tests/allocator/test_distributed.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
@@ -50,7 +54,7 @@ check: .venv/dev.stamp
 	$(BIN)/vulture
 
 coverage: .venv/dev.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" tests src $(LAB_TESTS) --cov --cov-report=term --cov-fail-under=97
+	$(PYTEST) -m "not slow" tests src $(LAB_TESTS) --cov --cov-report=term --cov-fail-under=97
 	$(BIN)/coverage report --include="*/allocation/*" --fail-under=100
 
 mutants: .venv/dev.stamp

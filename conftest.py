@@ -1,5 +1,6 @@
 """What every test of library and lab starts from: fixed seeds, and no deadlines."""
 
+import gc
 from importlib.metadata import version
 
 import pytest
@@ -12,7 +13,7 @@ settings.load_profile("any-machine")
 
 # torch's process group of threads is internal, and was tried with this version first
 collect_ignore = (
-    ["tests/allocator/test_ranks_in_threads.py", "lab/tests/test_interrupt_in_threads.py"]
+    ["tests/allocator/test_ranks_in_threads.py", "lab/tests/tasks/test_interrupt_in_threads.py"]
     if Version(version("torch")) < Version("2.13")
     else []
 )
@@ -24,6 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(
             pytest.mark.filterwarnings("ignore:.*tensors outside the model:UserWarning")
         )
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: half a million objects, a second to look through.
+
+    Each run of Trainer asks for a collection, and Python makes some of its own.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import lightning
 import pytest
 import torch
 import transformers as hf
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -163,7 +161,13 @@ def parameters_of_rank_one(name):
     return sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW_TO_IMPORT = {"trl_dpo", "sentence_embeddings", "lightning_module", "seq2seq_summarization"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW_TO_IMPORT else []) for n in RUNS],
+)
 def test_an_example_leaves_a_plain_lora_of_its_size(name, tmp_path, monkeypatch):
     run_example(name, tmp_path, monkeypatch)
     config = PeftConfig.from_pretrained("out")
@@ -181,7 +185,10 @@ def test_an_example_leaves_a_plain_lora_of_its_size(name, tmp_path, monkeypatch)
     assert all(torch.equal(t, saved[k.replace(".default", "")]) for k, t in present.items())
 
 
+@pytest.mark.slow
 def test_a_lightning_run_resumes_at_the_same_weights(tmp_path, monkeypatch):
+    import lightning
+
     names = run_example("lightning_module", tmp_path, monkeypatch)
     classifier = names["Classifier"]
     loader = DataLoader([next(iter(names["loader"]))] * 12, batch_size=None)
@@ -189,7 +196,9 @@ def test_a_lightning_run_resumes_at_the_same_weights(tmp_path, monkeypatch):
     for checkpoint in (None, 3, 5, 6, 9):  # before, in and after the window, which ends at 6
         hf.set_seed(1)
         module = classifier("model")
-        saver = ModelCheckpoint("saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        saver = lightning.pytorch.callbacks.ModelCheckpoint(
+            "saved", "{step}", every_n_train_steps=1, save_top_k=-1
+        )
         trainer = lightning.Trainer(
             max_steps=12, callbacks=[] if checkpoint else [saver], logger=False,
             enable_checkpointing=checkpoint is None, enable_progress_bar=False,

@@ -20,7 +20,7 @@ import worker_accelerate
 from small_net import attached, data, small_net, train
 from small_trainer import WithLoss
 
-WORKERS = Path(__file__).parents[1]
+WORKERS = Path(__file__).parents[1] / "helpers"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = (
     "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -70,12 +70,13 @@ def test_until_the_first_cut_ddp_is_ddp_without_an_allocator_bit_for_bit(tmp_pat
 
 DDP = [
     ("ddp-inside", {}),
-    pytest.param("ddp", {}, marks=pytest.mark.slow),
-    pytest.param("ddp", {"gated": True, "importance": "share"}, marks=pytest.mark.slow),
-    pytest.param("ddp-inside", {"compact": False}, marks=pytest.mark.slow),
+    ("ddp", {}),
+    ("ddp", {"gated": True, "importance": "share"}),
+    ("ddp-inside", {"compact": False}),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "fields"), DDP, ids=str)
 def test_ddp_compacts_and_equals_one_process(tmp_path, mode, fields):
     fields = {**POOR, **fields}

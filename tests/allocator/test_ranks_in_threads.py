@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from test_distributed import RTOL, single_process
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
@@ -34,6 +33,7 @@ from dynlora.lora.sharding import (
 )
 from group_of_threads import RANKS, on_all_ranks, returned
 from small_net import adamw, adapted, data, small_net, train
+from test_distributed import RTOL, single_process
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),

@@ -13,7 +13,7 @@ from dynlora import DynLoraConfig, RankAllocator
 from dynlora.allocator.dem import add_dem_to_gradients_
 from dynlora.allocator.scores import gram_matrices
 from dynlora.allocator.stacks import ON_CPU, Limits
-from small_net import adamw
+from small_net import adamw, small_net, train
 
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 
@@ -224,3 +224,20 @@ def test_ten_thousand_modules_are_scored_pruned_and_compacted():
         optimizer.step()
     assert sum(allocator.ranks().values()) == 10_000
     assert len(allocator.finalize_()) == 10_000
+
+
+def test_negative_scores_are_refused_before_anything_is_cut():
+    def negative(modules, _step):
+        for module in modules:
+            module.ema.copy_(-1.0 - torch.arange(len(module.ema)))
+
+    model = get_peft_model(small_net(), LoraConfig(r=4, target_modules=["0", "1", "2"]))
+    optimizer = adamw(model)
+    allocator = RankAllocator(
+        model, optimizer, total_steps=40, target_r=2, prune_interval=1, score=negative
+    )
+    with pytest.raises(
+        ValueError, match=r"score wrote -4 into module.ema of 'layers.0' at step \d+"
+    ):
+        train(model, optimizer, 40)
+    assert set(allocator.ranks().values()) == {4}

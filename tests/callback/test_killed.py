@@ -9,7 +9,7 @@ import pytest
 
 from dynlora import last_checkpoint
 
-WORKER = Path(__file__).parents[1] / "worker_kill.py"
+WORKER = Path(__file__).parents[1] / "helpers" / "worker_kill.py"
 
 
 def killed(folder, *names):

@@ -61,7 +61,8 @@ def test_until_the_first_cut_the_run_is_the_one_without_the_callback(tmp_path, o
     """Losses, weights and optimizer state at step 9, with clipping, accumulation and dropout."""
     arguments = {
         "optim": optimizer, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05,
-        "per_device_train_batch_size": 4, "weight_decay": 0.1, "warmup_steps": 3, **SAVE_ALL,
+        "per_device_train_batch_size": 4, "weight_decay": 0.1, "warmup_steps": 3,
+        "save_strategy": "steps", "save_steps": 9,
     }  # fmt: skip
     fields = {"prune_interval": 7, "dropout": 0.1, "lora_dropout": 0.1}
     ends = {}

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+import trl  # loads a trainer when it is asked for
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PeftType
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dynlora import DynLoraCallback
 from tiny_classifier import tiny_tokenizer
 from tiny_models import adapted, config, logits, tiny_llama, train
+
+pytestmark = pytest.mark.slow  # in the quick set examples/trl_sft.py stands for TRL
 
 ARGUMENTS = {
     "max_steps": 12, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "report_to": [],
@@ -29,9 +31,9 @@ def tokenizer():
 @pytest.mark.parametrize("gated", [False, True])
 def test_sft_trainer_ends_with_a_plain_lora_of_the_budget(tmp_path, gated):
     callback = DynLoraCallback() if gated else DynLoraCallback(1, prune_interval=2)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=tiny_llama(),
-        args=SFTConfig(output_dir=str(tmp_path / "run"), **ARGUMENTS),
+        args=trl.SFTConfig(output_dir=str(tmp_path / "run"), **ARGUMENTS),
         train_dataset=Dataset.from_list([{"text": f"w{i % 30}"} for i in range(24)]),
         processing_class=tokenizer(),
         peft_config=config(task_type="CAUSAL_LM", gated=gated),
@@ -56,9 +58,9 @@ def test_dpo_of_an_adapted_model_trains_one_copy_and_keeps_the_other_as_referenc
     words = tiny_tokenizer()
     words.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
     callback = DynLoraCallback(1, adapter="default", prune_interval=2)
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         model,
-        args=DPOConfig(output_dir=str(tmp_path), **ARGUMENTS),
+        args=trl.DPOConfig(output_dir=str(tmp_path), **ARGUMENTS),
         train_dataset=Dataset.from_list(
             [{"prompt": "a film", "chosen": " good", "rejected": " bad"}] * 24
         ),

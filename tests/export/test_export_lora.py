@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from stock_runs import run, stock
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
 from dynlora import export_lora, finalize_
 from dynlora.adapter_files.updates import read
+from stock_runs import run, stock
 from tiny_models import VOCABULARY, adapted, layer_kinds, logits, tiny_bert, tiny_llama, train
 
 CLOSE = {"rtol": 0, "atol": 1e-6}

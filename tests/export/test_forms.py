@@ -7,13 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from stock_runs import run, stock
-from test_export_lora import KINDS, tiny_mixtral
 
 import consumers
 from consumers import RefusedError
 from dynlora.adapter_files.updates import read
 from dynlora.export import export_adapter
+from stock_runs import run, stock
+from test_export_lora import KINDS, tiny_mixtral
 from tiny_models import adapted, layer_kinds, logits, tiny_bert, tiny_gpt2, tiny_llama, train
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # fp32, another order of summation

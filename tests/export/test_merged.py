@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from stock_runs import run, stock
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from dynlora.export import export_adapter, merge
+from stock_runs import run, stock
 from tiny_models import (
     VOCABULARY,
     adapted,

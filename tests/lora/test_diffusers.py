@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers", reason="diffusers is a consumer, not a dependency")
-
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -14,8 +10,9 @@ from dynlora.export import export_adapter
 
 
 def unet():
+    diffusers = pytest.importorskip("diffusers", reason="a consumer, not a dependency")
     torch.manual_seed(0)
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=4, in_channels=2, out_channels=2, block_out_channels=(8, 16), layers_per_block=1,
         norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -29,6 +26,7 @@ def output(model):
     return model(x, torch.tensor([3]), encoder_hidden_states=text).sample
 
 
+@pytest.mark.slow
 def test_diffusers_computes_what_was_trained(tmp_path):
     model = get_peft_model(
         unet(), LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v", "to_out.0"])

@@ -39,6 +39,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
     assert sorted(ranks_of(saving.model).values()) == sorted(r for r in ENDS if r)
 
 
+@pytest.mark.slow  # allocator/test_compaction.py compiles a small net
 @pytest.mark.parametrize("compiled_at", [0, 7], ids=["before the run", "after the freeze"])
 def test_a_compiled_model_trains_as_the_eager_one(compiled_at):
     eager, compiled = adapted(), adapted()

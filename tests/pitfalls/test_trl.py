@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import trl
+import trl  # loads a trainer when it is asked for
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl.trainer.callbacks import SyncRefModelCallback
 
 from lora_runs import (
     ENDS,
@@ -40,10 +39,9 @@ def lengths(completions, **_columns):
 
 @dataclass(frozen=True)
 class Kind:
-    """One of TRL's trainers, with rows that it learns from."""
+    """One of TRL's trainers, with rows that it learns from; ``name`` is what its class and config share."""
 
-    trainer: Any
-    arguments: Any
+    name: str
     rows: list[dict[str, Any]]
     fields: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -54,29 +52,27 @@ class Kind:
 GENERATED = {"max_completion_length": 4, "num_generations": 2, "temperature": 1.0}
 REWARD = {"reward_funcs": lengths}
 KINDS = {
-    "sft": Kind(trl.SFTTrainer, trl.SFTConfig, [TEXT]),
-    "dpo": Kind(trl.DPOTrainer, trl.DPOConfig, [PAIR]),
+    "sft": Kind("SFT", [TEXT]),
+    "dpo": Kind("DPO", [PAIR]),
     "kto": Kind(
-        trl.KTOTrainer,
-        trl.KTOConfig,
+        "KTO",
         [LABELLED, LABELLED | {"completion": " bad", "label": False}],
     ),
     "reward": Kind(
-        trl.RewardTrainer,
-        trl.RewardConfig,
+        "Reward",
         [PAIR],
         load=functools.partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1),
         task="SEQ_CLS",
     ),
-    "rloo": Kind(trl.RLOOTrainer, trl.RLOOConfig, [PROMPT], GENERATED, REWARD),
-    "grpo": Kind(trl.GRPOTrainer, trl.GRPOConfig, [PROMPT], GENERATED | {"beta": 0.1}, REWARD),
+    "rloo": Kind("RLOO", [PROMPT], GENERATED, REWARD),
+    "grpo": Kind("GRPO", [PROMPT], GENERATED | {"beta": 0.1}, REWARD),
 }
 
 
 def trl_trainer(kind, folder, *, callbacks, model=None, peft_config=None, **fields):
     where = save_language_model(folder / "model")
     rows = Dataset.from_list([kind.rows[i % len(kind.rows)] for i in range(ROWS)])
-    arguments = kind.arguments(
+    arguments = getattr(trl, f"{kind.name}Config")(
         str(folder / "out"),
         **{
             "max_steps": 10,
@@ -92,7 +88,7 @@ def trl_trainer(kind, folder, *, callbacks, model=None, peft_config=None, **fiel
         | kind.fields
         | fields,
     )
-    return kind.trainer(
+    return getattr(trl, f"{kind.name}Trainer")(
         kind.load(where) if model is None else model,
         args=arguments,
         train_dataset=rows,
@@ -164,6 +160,8 @@ def test_trl_itself_refuses_to_synchronise_a_reference_with_an_adapter(name, tmp
 
 def test_averaging_parameter_by_parameter_into_a_reference_needs_compact_off():
     """What a synchronisation by parameter order would do, as in TRL's SyncRefModelCallback."""
+    from trl.trainer.callbacks import SyncRefModelCallback
+
     model, reference = adapted(), adapted()
 
     def sync(allocator):

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from rich.console import Console
-from runs_on_disk import write_run
 
 from dynlora.history import HISTORY_FILE, HistoryFile
 from dynlora.report.charts import Chart, Line, thinned
@@ -19,6 +18,7 @@ from dynlora.report.page import MAX_STATES, chosen_states, method_rows, render_p
 from dynlora.report.picture import CELL, rank_image, write_picture
 from dynlora.report.run import RankState, read_run, read_runs
 from dynlora.report.terminal import live_view, report_view
+from runs_on_disk import write_run
 
 
 @pytest.fixture

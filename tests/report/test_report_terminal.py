@@ -4,11 +4,11 @@ import io
 import json
 
 from rich.console import Console
-from runs_on_disk import write_run
 
 from dynlora.history import HISTORY_FILE
 from dynlora.report.run import read_run
 from dynlora.report.terminal import live_view, report_view
+from runs_on_disk import write_run
 
 
 def in_terminal(view):

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_shrink import ALL, net, trained
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +21,7 @@ from typer.testing import CliRunner
 from doc_fences import fences
 from dynlora.cli.main import app
 from dynlora.shrink import held_out, shrink_adapter
+from test_shrink import ALL, net, trained
 from tiny_classifier import SPECIAL, WORDS, save_encoder, save_texts, tiny_tokenizer
 from tiny_models import tiny_llama, tiny_t5
 

@@ -1,7 +1,8 @@
 """Causal language models on plain text or instructions, through TRL's SFTTrainer."""
 
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from dynlora_lab.tasks.scoring.perplexity import perplexity, row_losses
 from dynlora_lab.tasks.scoring.summaries import rouge_scores
 from dynlora_lab.tasks.scoring.translations import translation_scores
 from dynlora_lab.tasks.typed_fields import RecipeError
+from dynlora_lab.tasks.written import Written
 
 Layout = Literal["text", "instruction", "messages"]
 Generation = Literal["rouge", "bleu"]
@@ -36,6 +38,8 @@ PREPARING = (
     "assistant_only_loss", "chat_template_path", "eos_token", "pad_token",
 )  # fmt: skip
 """Arguments that decide which rows TRL makes."""
+
+GENERATED_AT_ONCE = 8  # rows
 
 SCORES: dict[str, Callable[[list[str], list[str]], dict[str, float]]] = {
     "rouge": rouge_scores,
@@ -59,6 +63,8 @@ class Options:
         packing: rows of plain text are joined and cut into full rows of ``max_length``.
         generate: write answers for the first ``generate_rows`` rows when measuring, and score them.
         generate_rows, max_new_tokens: how many, and how long.
+        rule: regular expression that a right answer holds somewhere, such as a format, or with ``(?!…)``
+            words that it must not hold; ``rule_kept`` is the percentage of answers that do.
     """
 
     layout: Layout = "text"
@@ -71,12 +77,14 @@ class Options:
     generate: Generation | None = None
     generate_rows: int = 32
     max_new_tokens: int = 64
+    rule: str | None = None
 
     def __post_init__(self) -> None:
         """Check ranges and what excludes each other.
 
         Raises:
-            ValueError: a number is out of its range, or a field does not fit the layout.
+            ValueError: a number is out of its range, a field does not fit the layout, or the rule is no
+                regular expression.
         """
         for name in ("max_length", "generate_rows", "max_new_tokens"):
             if getattr(self, name) < 1:
@@ -86,6 +94,16 @@ class Options:
                 f"generate={self.generate!r} needs answers to compare with; set layout to instruction or "
                 "messages, or leave generate out."
             )
+        if self.rule is not None and not self.generate:
+            raise ValueError(
+                f"rule={self.rule!r} looks at written answers; set generate to rouge or bleu too."
+            )
+        try:
+            re.compile(self.rule or "")
+        except re.error as error:
+            raise ValueError(
+                f"rule={self.rule!r} must be a regular expression of Python: {error}."
+            ) from error
         if self.layout != "text" and self.packing:
             raise ValueError(
                 f"packing=True joins rows of plain text, and layout is {self.layout!r}; leave it out."
@@ -122,13 +140,15 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     _need_decoder(model, base.name)
     as_chat = partial(_templated, has_template=tokenizer.chat_template is not None)
     evals = {name: as_chat(rows) for name, rows in data.evals.items()}
+    written = Written()
     return Prepared(
         model=model,
         processor=tokenizer,
         head=new,
         train=as_chat(data.train),
         evals=evals,
-        compute_metrics=partial(_measured, options, model, tokenizer, evals),
+        compute_metrics=partial(_measured, options, model, tokenizer, evals, written),
+        written=written,
     )
 
 
@@ -263,6 +283,7 @@ def _measured(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     sets: Mapping[str, Dataset],
+    written: Written,
     name: str,
     prediction: EvalPrediction,
 ) -> dict[str, float]:
@@ -270,27 +291,61 @@ def _measured(
     if options.generate is None:
         return scores
     rows = sets[name].select(range(min(options.generate_rows, len(sets[name]))))
-    written = [_written(model, tokenizer, row["prompt"], options.max_new_tokens) for row in rows]
-    return scores | SCORES[options.generate](written, [_text(row["completion"]) for row in rows])
+    answers = _answers(model, tokenizer, rows["prompt"][:], options.max_new_tokens)
+    golds = [_text(completion) for completion in rows["completion"][:]]
+    asked = [_text(prompt) for prompt in rows["prompt"][:]]
+    written.note(name, asked=asked, written=answers, expected=golds)
+    if options.rule is not None:
+        scores["rule_kept"] = rule_kept(answers, options.rule)
+    return scores | SCORES[options.generate](answers, golds)
+
+
+def rule_kept(answers: Sequence[str], rule: str) -> float:
+    """Percent of the answers in which the regular expression ``rule`` is found.
+
+    >>> rule_kept(["you have", "thou hast"], "^(?!.*(thou|hast))")
+    50.0
+    """
+    return 100 * sum(re.search(rule, answer) is not None for answer in answers) / len(answers)
 
 
 @torch.no_grad()
-def _written(model: PreTrainedModel, tokenizer: Tokenizer, prompt: Any, limit: int) -> str:
-    """The likeliest continuation; adapters are part of ``model`` by now, which PEFT changed in place."""
-    if isinstance(prompt, str):
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+def _answers(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Any], limit: int
+) -> list[str]:
+    """The likeliest continuations, of at most ``limit`` tokens, batch by batch.
+
+    Adapters are part of ``model`` by now, which PEFT changed in place.
+    """
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
     was_training = model.training
-    tokens = model.eval().generate(
-        **inputs, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
+    model.eval()
+    answers: list[str] = []
+    for first in range(0, len(prompts), GENERATED_AT_ONCE):
+        inputs = _prompted(tokenizer, prompts[first : first + GENERATED_AT_ONCE])
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
+        tokens = model.generate(
+            **inputs, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
     model.train(was_training)
-    start = inputs["input_ids"].shape[1]
-    return str(tokenizer.decode(tokens[0, start:], skip_special_tokens=True)).strip()
+    tokenizer.padding_side = side
+    return [answer.strip() for answer in answers]
+
+
+def _prompted(tokenizer: Tokenizer, prompts: Sequence[Any]) -> dict[str, Any]:
+    if isinstance(prompts[0], str):
+        return dict(tokenizer(list(prompts), padding=True, return_tensors="pt"))
+    return dict(
+        tokenizer.apply_chat_template(
+            list(prompts),
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    )
 
 
 def _text(completion: Any) -> str:

@@ -27,6 +27,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from dynlora_lab.tasks.base_model import BaseModel
 from dynlora_lab.tasks.data import Splits
 from dynlora_lab.tasks.typed_fields import RecipeError, unknown_name
+from dynlora_lab.tasks.written import Written
 
 FAMILIES = {
     "text-classification": "dynlora_lab.tasks.text_classification",
@@ -36,6 +37,7 @@ FAMILIES = {
     "token-classification": "dynlora_lab.tasks.token_classification",
     "image-classification": "dynlora_lab.tasks.image_classification",
     "speech-to-text": "dynlora_lab.tasks.speech_to_text",
+    "image-text-to-text": "dynlora_lab.tasks.image_text_to_text",
 }
 """Task name in a recipe to the module that holds its FAMILY; imported only when chosen."""
 
@@ -78,6 +80,7 @@ class Prepared:
         compute_metrics: (name of the evaluation set, prediction) -> metric name to value, without
             the prefix ``eval_``. A closure over the raw rows does post-processing (spans, decoding).
         trainer_options: further arguments of ``trainer_class`` (``preprocess_logits_for_metrics``).
+        written: where ``compute_metrics`` notes the texts that it scored.
     """
 
     model: PreTrainedModel
@@ -88,6 +91,7 @@ class Prepared:
     collator: Any = None
     compute_metrics: Callable[[str, EvalPrediction], dict[str, float]] | None = None
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    written: Written = field(default_factory=Written)
 
 
 @dataclass(frozen=True, kw_only=True)

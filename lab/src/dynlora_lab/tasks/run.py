@@ -101,6 +101,7 @@ def run(
     _save(trainer, recipe, adapted)
     _conclude(recipe, record, trainer, adapted, metrics)
     if trainer.is_world_process_zero():
+        prepared.written.write(recipe.output)
         write_card(recipe, record)
     _write(trainer, recipe, record)
     return RunResult(record=record, trainer=trainer, prepared=prepared)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dynlora import last_checkpoint
 from dynlora_lab.tasks.typed_fields import RecipeError
+from dynlora_lab.tasks.written import FILE as WRITTEN
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -79,7 +80,7 @@ def clear_folder(folder: Path) -> None:
     """Remove what an earlier run left that a new one would mistake for its own."""
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    for file in (RUN_FILE, "history.jsonl"):
+    for file in (RUN_FILE, "history.jsonl", WRITTEN):
         (folder / file).unlink(missing_ok=True)
 
 

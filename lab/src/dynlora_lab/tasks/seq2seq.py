@@ -24,6 +24,7 @@ from dynlora_lab.tasks.scoring.perplexity import IGNORED
 from dynlora_lab.tasks.scoring.summaries import rouge_scores
 from dynlora_lab.tasks.scoring.translations import translation_scores
 from dynlora_lab.tasks.typed_fields import RecipeError
+from dynlora_lab.tasks.written import Written
 
 Kind = Literal["summarization", "translation"]
 Score = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
@@ -107,7 +108,8 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
         model.generation_config.forced_bos_token_id = start
     head = sorted({*new, *_named(model, options.train_fully)})
     encode = partial(_encoded, options=options, tokenizer=tokenizer)
-    references = {name: rows["target"][:] for name, rows in data.evals.items()}
+    texts = {name: (rows["source"][:], rows["target"][:]) for name, rows in data.evals.items()}
+    written = Written()
     return Prepared(
         model=model,
         processor=tokenizer,
@@ -115,7 +117,8 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
         train=encode(data.train),
         evals={name: encode(rows) for name, rows in data.evals.items()},
         collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
-        compute_metrics=partial(_measured, options, tokenizer, references),
+        compute_metrics=partial(_measured, options, tokenizer, texts, written),
+        written=written,
     )
 
 
@@ -164,11 +167,14 @@ def _encoded(rows: Dataset, *, options: Options, tokenizer: Tokenizer) -> Datase
 def _measured(
     options: Options,
     tokenizer: Tokenizer,
-    references: Mapping[str, list[str]],
+    texts: Mapping[str, tuple[list[str], list[str]]],
+    written: Written,
     name: str,
     prediction: EvalPrediction,
 ) -> dict[str, float]:
-    return SCORES[options.kind](decoded(prediction, tokenizer), references[name])
+    answers, (sources, targets) = decoded(prediction, tokenizer), texts[name]
+    written.note(name, asked=sources, written=answers, expected=targets)
+    return SCORES[options.kind](answers, targets)
 
 
 def _baselines(options: Options, evals: Mapping[str, Dataset]) -> dict[str, float]:

@@ -31,6 +31,7 @@ from dynlora_lab.tasks.scoring.perplexity import IGNORED
 from dynlora_lab.tasks.scoring.word_errors import word_error_rate
 from dynlora_lab.tasks.seq2seq import decoded
 from dynlora_lab.tasks.typed_fields import RecipeError
+from dynlora_lab.tasks.written import Written
 
 Samples = NDArray[np.float32]
 
@@ -101,6 +102,7 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     prompt = _prompt(model.generation_config, options.language)
     encode = partial(_encoded, options=options, tokenizer=tokenizer, prompt=prompt)
     references = {name: rows["text"][:] for name, rows in data.evals.items()}
+    written = Written()
     return Prepared(
         model=model,
         processor=SpeechProcessor(extractor=extractor, tokenizer=tokenizer),
@@ -108,7 +110,8 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
         train=encode(data.train),
         evals={name: encode(rows) for name, rows in data.evals.items()},
         collator=partial(_batch, extractor, model.config.max_source_positions),
-        compute_metrics=partial(_measured, tokenizer, references),
+        compute_metrics=partial(_measured, tokenizer, references, written),
+        written=written,
     )
 
 
@@ -263,10 +266,13 @@ def _shorten_(model: nn.Module, *, seconds: float) -> None:
 def _measured(
     tokenizer: Tokenizer,
     references: Mapping[str, list[str]],
+    written: Written,
     name: str,
     prediction: EvalPrediction,
 ) -> dict[str, float]:
-    return {"wer": word_error_rate(decoded(prediction, tokenizer), references[name])}
+    heard = decoded(prediction, tokenizer)
+    written.note(name, written=heard, expected=references[name])
+    return {"wer": word_error_rate(heard, references[name])}
 
 
 FAMILY = Family(

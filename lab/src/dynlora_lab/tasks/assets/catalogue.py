@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynlora_lab.tasks.assets import (
+    debian,
     encoders,
     glosses,
+    llava,
     pictures,
     pins,
+    scenes,
     scripture,
     smollm2,
     speech,
@@ -169,6 +172,14 @@ MODELS = (
         build=pictures.build_digits_vit,
         made_from=("mnist",),
     ),
+    Asset(
+        name="llava-clothes",
+        kind="model",
+        what="answers questions on pictures of clothes, LLaVA of a ViT and a Llama, 2 x 128 each",
+        licence="Apache-2.0, on MIT-licensed pictures",
+        build=llava.build_llava,
+        made_from=("vit-fashion-mnist", "clothes-scenes"),
+    ),
 )
 
 DATA = (
@@ -304,12 +315,50 @@ DATA = (
         build=pictures.build_digits,
     ),
     Asset(
+        name="clothes-scenes",
+        kind="data",
+        what="14,000 questions on pictures of up to four clothes",
+        licence="MIT",
+        build=scenes.build_clothes_scenes,
+        made_from=("fashion-mnist",),
+    ),
+    Asset(
+        name="digit-scenes",
+        kind="data",
+        what="14,000 questions on pictures of up to four handwritten digits",
+        licence="package MIT",
+        build=scenes.build_digit_scenes,
+        made_from=("mnist",),
+    ),
+    Asset(
+        name="debian-synopses",
+        kind="data",
+        what="descriptions of Debian packages and their one-line summaries, of the day's index",
+        licence="that of each package: to be used, not passed on",
+        build=debian.build_synopses,
+    ),
+    Asset(
+        name="debian-italian",
+        kind="data",
+        what="one-line descriptions of Debian packages in English and Italian, of the day's index",
+        licence="that of each package: to be used, not passed on",
+        build=debian.build_italian,
+    ),
+    Asset(
         name="phone-prompts",
         kind="data",
         what="spoken English telephone prompts with their wording, one voice, 8 kHz",
         licence="CC-BY-SA-3.0",
         build=speech.build_prompts,
         carriers=pins.PROMPTS,
+    ),
+    Asset(
+        name="noisy-prompts",
+        kind="data",
+        what="the same prompts with the echo of a room and noise, in a telephone's band",
+        licence="CC-BY-SA-3.0",
+        build=speech.build_noisy_prompts,
+        made_from=("phone-prompts",),
     ),
 )
 

@@ -216,7 +216,7 @@ def test_every_archive_is_pinned_and_every_asset_states_its_licence():
 
 
 def test_the_page_on_offline_assets_names_them_all():
-    page = (Path(__file__).parents[2] / "docs" / "offline.md").read_text(encoding="utf8")
+    page = (Path(__file__).parents[4] / "docs" / "offline.md").read_text(encoding="utf8")
     named = {
         name
         for line in page.split("\n## Runs")[0].splitlines()

@@ -10,7 +10,7 @@ from dynlora_lab.tasks.recipe import read_recipe
 from dynlora_lab.tasks.run import run
 from tiny_classifier import save_encoder
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "paper" / "roberta-base"
+RECIPES = Path(__file__).parents[2] / "recipes" / "paper" / "roberta-base"
 
 # text columns and class names as on the hub; no names: a number
 LAYOUTS = {

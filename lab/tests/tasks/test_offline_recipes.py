@@ -9,8 +9,9 @@ from dynlora_lab.tasks.assets import CATALOGUE, AssetError, fetch_with_sources
 from dynlora_lab.tasks.recipe import read_recipe
 from dynlora_lab.tasks.run import run
 
-LAB = Path(__file__).parent.parent
+LAB = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((LAB / "recipes" / "offline").glob("*.yaml"))}
+BEYOND = {path.stem: path for path in sorted((LAB / "recipes" / "beyond").glob("*.yaml"))}
 RESULTS = sorted((LAB / "results" / "offline-runs").glob("*.json"))
 SMALL = {"max_train_rows": 960, "max_eval_rows": 200}
 
@@ -58,12 +59,12 @@ def test_there_is_a_shortened_form_of_every_offline_recipe():
     assert RECIPES.keys() == SHORTENED.keys()
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_what_to_fetch_for_it(name):
-    model, data = assets_of(RECIPES[name])
+@pytest.mark.parametrize("path", [*RECIPES.values(), *BEYOND.values()], ids=lambda path: path.stem)
+def test_a_recipe_says_what_to_fetch_for_it(path):
+    model, data = assets_of(path)
     assert CATALOGUE[model].kind == "model"
     assert CATALOGUE[data].kind == "data"
-    first_line = RECIPES[name].read_text(encoding="utf8").splitlines()[0]
+    first_line = path.read_text(encoding="utf8").splitlines()[0]
     assert first_line == f"# dynlora assets fetch {model} {data}"
 
 

@@ -10,15 +10,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench_processes import run_here, run_scripts, write_made_up
-from bench_results import cell, failed, result, score, small_suite
+from bench_results import cell, failed, finished, result, run_all, score, small_suite
 from dynlora.cli.main import app
 from dynlora_lab.bench.quick import quick_suite
 from dynlora_lab.bench.results import read_results
 from dynlora_lab.bench.worker import slots
 from dynlora_lab.cli import bench as bench_command
 from dynlora_lab.cli.bench import Watch, progress_view
-from test_bench_plan import run_all
-from test_bench_tables import finished
 
 
 def bench(*arguments, **env):

@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench_results import cell, failed, result, score, small_suite
+from bench_results import cell, failed, finished, result, score, small_suite
 from dynlora_lab.bench.render import TABLES, render, rendered
 from dynlora_lab.bench.results import open_folder, write_result
 from dynlora_lab.bench.summary import summarise
 from dynlora_lab.tasks.typed_fields import RecipeError
-from test_bench_plan import run_all
 
-COMMITTED = sorted((Path(__file__).parent.parent / "results").glob("*/suite.json"))
-
-
-def finished(folder, suite=None, run=lambda c: result(c, score(c))):
-    """A results folder of a suite that has run to its end."""
-    suite = suite or small_suite()
-    open_folder(folder, suite)
-    for key, found in run_all(suite, run)[0].items():
-        write_result(folder, key, found)
-    return folder
+COMMITTED = sorted((Path(__file__).parents[2] / "results").glob("*/suite.json"))
 
 
 def row(summary, task, method):

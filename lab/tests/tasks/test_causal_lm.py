@@ -1,12 +1,14 @@
 """Causal language models through TRL on a tiny Llama: plain text, instructions, messages."""
 
+import json
 import math
 from itertools import pairwise
 
 import pytest
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from dynlora_lab.tasks.causal_lm import Options, read
+from dynlora_lab.tasks.base_model import BaseModel
+from dynlora_lab.tasks.causal_lm import Options, _answers, read
 from dynlora_lab.tasks.plan import plan
 from dynlora_lab.tasks.recipe import recipe_from
 from dynlora_lab.tasks.run import run
@@ -153,3 +155,42 @@ def test_an_instruction_without_words_or_answer_is_refused(column):
     odd = [*PAIRS, {**PAIRS[0], column: " "}]
     with pytest.raises(RecipeError, match=f"row 20 of train has nothing in column '{column}'"):
         read(Options(layout="instruction"), splits_of(odd))
+
+
+def test_written_answers_are_kept_and_held_against_the_rule(tmp_path):
+    result = run_lm(
+        tmp_path, PAIRS, TEMPLATE, layout="instruction", generate="bleu", generate_rows=10,
+        max_new_tokens=4, rule="^(two|three)$",
+    )  # fmt: skip
+    lines = (tmp_path / "run" / "written.jsonl").read_text(encoding="utf8").splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [a["evaluation"] for a in answers] == [0] * 10 + [
+        1
+    ] * 10  # the base, then the finished model
+    last = answers[10:]
+    assert [a["expected"] for a in last] == [pair["answer"] for pair in PAIRS[:10]]
+    assert last[0]["asked"] == "after one"
+    kept = sum(a["written"] in ("two", "three") for a in last)
+    assert result.record["metrics"]["eval_rule_kept"] == 10 * kept
+
+
+def test_answers_do_not_depend_on_what_they_are_padded_to(tmp_path):
+    folder = save_base(tmp_path / "base", TEMPLATE)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = BaseModel(name=folder).tokenizer()
+    prompts = ["one", "one two three four five six one two", "after six"]
+    alone = [text for prompt in prompts for text in _answers(model, tokenizer, [prompt], 6)]
+    assert _answers(model, tokenizer, prompts, 6) == alone
+    assert tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rule": "x"}, "rule='x' looks at written answers; set generate"),
+        ({"rule": "(", "generate": "bleu"}, "must be a regular expression of Python"),
+    ],
+)
+def test_a_rule_that_cannot_be_used_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Options(layout="instruction", **fields)

@@ -140,7 +140,7 @@ def test_the_quick_suite_is_the_same_every_time(tmp_path):
     assert (tmp_path / "tiny-bert" / "model.safetensors").read_bytes() == weights
 
 
-SUITES = sorted((Path(__file__).parent.parent / "suites").glob("*.yaml"))
+SUITES = sorted((Path(__file__).parents[2] / "suites").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
@@ -162,9 +162,7 @@ AVERAGES = {
 
 @pytest.mark.parametrize("name", AVERAGES)
 def test_the_published_numbers_have_the_published_averages(name):
-    values = read_suite(Path(__file__).parent.parent / "suites" / f"{name}.yaml").published[
-        "values"
-    ]
+    values = read_suite(Path(__file__).parents[2] / "suites" / f"{name}.yaml").published["values"]
     for method, average in AVERAGES[name].items():
         row = values[method].values()
         assert sum(row) / len(row) == pytest.approx(average, abs=0.011)

@@ -13,7 +13,7 @@ import dynlora
 import dynlora_lab
 from dynlora.cli.verbs import GROUP, LAB_VERBS
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf8"))
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf8"))
 VERBS = PROJECT["project"]["entry-points"][GROUP]
 
 

@@ -1,6 +1,7 @@
 """Made-up results of a small suite, as the cells would leave them."""
 
-from dynlora_lab.bench.results import DONE, FAILED
+from dynlora_lab.bench.plan import wanted_cells
+from dynlora_lab.bench.results import DONE, FAILED, open_folder, write_result
 from dynlora_lab.bench.suite import Cell, suite_from
 
 SCORES = {"lora": {0.001: 0.70, 0.01: 0.80}, "dynlora": {0.001: 0.60, 0.01: 0.85}}
@@ -69,3 +70,21 @@ def score(cell):
         + 0.01 * cell.seed
         - 0.1 * (cell.task == "b")
     )
+
+
+def run_all(suite, run=lambda c: result(c, score(c))):
+    """Results of a suite run to its end, and the order in which cells became due."""
+    results, order = {}, []
+    while due := [c for c in wanted_cells(suite, results) if c.key not in results]:
+        results[due[0].key] = run(due[0])
+        order.append(due[0])
+    return results, order
+
+
+def finished(folder, suite=None, run=lambda c: result(c, score(c))):
+    """A results folder of a suite that has run to its end."""
+    suite = suite or small_suite()
+    open_folder(folder, suite)
+    for key, found in run_all(suite, run)[0].items():
+        write_result(folder, key, found)
+    return folder

@@ -2,17 +2,8 @@
 
 import pytest
 
-from bench_results import cell, failed, result, score, small_suite
+from bench_results import cell, failed, result, run_all, score, small_suite
 from dynlora_lab.bench.plan import chosen_rate, num_cells, num_ended, source_of, wanted_cells
-
-
-def run_all(suite, run=lambda c: result(c, score(c))):
-    """Results of a suite run to its end, and the order in which cells became due."""
-    results, order = {}, []
-    while due := [c for c in wanted_cells(suite, results) if c.key not in results]:
-        results[due[0].key] = run(due[0])
-        order.append(due[0])
-    return results, order
 
 
 def test_the_sweep_comes_first_and_every_method_gets_the_same():

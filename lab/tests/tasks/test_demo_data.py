@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SAMPLE = Path(str(files("dynlora_lab.data") / "wordnet_glosses.csv.gz"))
-SCRIPT = Path(__file__).parent.parent / "scripts" / "make_wordnet_sample.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_wordnet_sample.py"
 
 
 @pytest.fixture(scope="module")
