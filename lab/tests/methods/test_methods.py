@@ -8,15 +8,12 @@ from torch import nn
 from transformers import (
     AutoModel,
     BartConfig,
-    BertConfig,
-    BertForSequenceClassification,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     MPNetConfig,
     RobertaConfig,
     T5Config,
-    set_seed,
 )
 
 from dynlora.allocation import Settings
@@ -26,33 +23,7 @@ from dynlora_lab.methods.dynamic import random_score
 from dynlora_lab.methods.lora import truncate_
 from dynlora_lab.methods.trained_weights import save_trained
 from small_net import attached, train
-
-HEAD = ["classifier"]
-OPTIONS = AdapterOptions(target_r=2)
-BATCH = {"input_ids": torch.arange(12).reshape(2, 6)}
-
-
-def tiny():
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=3,
-    )
-    return BertForSequenceClassification(config).eval()
-
-
-def adapted(method, options=OPTIONS, model=None):
-    target = Target(model=model or tiny(), head=HEAD, task_type="SEQ_CLS", seed=0)
-    return METHODS[method](options, target)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCH).logits
+from tiny_methods import adapted, logits, scalings, tiny
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -112,14 +83,6 @@ def test_the_start_of_gates_reaches_the_gated_config_and_is_refused_elsewhere():
     for method in ("dynlora", "random"):
         with pytest.raises(ValueError, match="choose method dynlora-gated"):
             adapted(method, options)
-
-
-def scalings(model):
-    return {
-        module.scaling["default"]
-        for module in model.modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
-    }
 
 
 @pytest.mark.parametrize(

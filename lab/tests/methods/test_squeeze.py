@@ -9,7 +9,7 @@ from dynlora_lab.methods import METHODS, AdapterOptions, Target
 from dynlora_lab.methods.singular import squared_norms, to_singular_triplets_
 from dynlora_lab.methods.squeeze import squeezed
 from small_net import adamw, adapted, attached, data, train
-from test_methods import HEAD, tiny
+from tiny_methods import HEAD, tiny
 
 
 def loss_of(model):

@@ -10,8 +10,8 @@ from dynlora_lab.methods.options import STARTS
 from dynlora_lab.tasks.plan import plan
 from dynlora_lab.tasks.recipe import recipe_from
 from dynlora_lab.tasks.run import run
-from test_methods import HEAD, adapted, logits, scalings, tiny
 from tiny_classifier import save_encoder, save_texts
+from tiny_methods import HEAD, adapted, logits, scalings, tiny
 
 # torch's, of PEFT's hooks on layers that no trained weight stands before
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients")
