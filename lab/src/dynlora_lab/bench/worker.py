@@ -134,6 +134,11 @@ def synchronised(bench: Bench, ledger: Ledger) -> dict[str, Result]:
     return results
 
 
+def log_of(folder: Path, key: str) -> Path:
+    """Where the output of a cell that failed is kept."""
+    return folder / WORK / f"{key}.log"
+
+
 def _work(bench: Bench, slot: Slot, listener: Listener) -> None:
     ledger = bench.ledger()
     while not bench.stop.is_set():
@@ -184,7 +189,7 @@ def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) 
             return None
         log.touch()  # of a process that ended before it had begun
         text = log.read_text(encoding="utf8", errors="replace")
-        shutil.copy(log, bench.folder / WORK / f"{cell.key}.log")
+        shutil.copy(log, log_of(bench.folder, cell.key))
     if code < 0 and ledger.deaths(cell.key) + 1 < MAX_DEATHS:
         return None
     last = (text.strip().splitlines() or ["no message"])[-1]

@@ -1,6 +1,7 @@
 """``dynlora bench``: run a suite on some workers, watch it, and write its tables."""
 
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +35,13 @@ from dynlora_lab.bench.results import (
     read_results,
 )
 from dynlora_lab.bench.suite import Cell, Suite, check_parts, read_suite
-from dynlora_lab.bench.worker import Bench, Listener, run_workers, slots, synchronised
+from dynlora_lab.bench.worker import Bench, Listener, log_of, run_workers, slots, synchronised
 from dynlora_lab.cli.terminal import quiet_run
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 REFRESH_S = 1.0
+INDENT = "    "
+ERROR_LINES = 3  # of an error, in a terminal; the log has the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ def bench(wishes: Wishes) -> int:
     except RuntimeError as error:
         return report_error(error, code=EXIT_FAILED, debug=wishes.debug)
     failed = [k for k, r in read_results(folder).items() if r["status"] == FAILED]
+    if failed:
+        print_error(f"{_cells(len(failed))} failed; run again with: {shared.command} --retry-failed")
     return EXIT_FAILED if failed else 0
 
 
@@ -137,7 +142,7 @@ def _suite_and_folder(wishes: Wishes) -> tuple[Suite, Path]:
         folder = wishes.results or Path("dynlora-bench-quick")
         return quick_suite(folder.resolve() / "parts"), folder
     suite = read_suite(wishes.suite)  # type: ignore[arg-type]  # one of the two is there
-    return suite, wishes.results or Path("benchmarks") / "results" / suite.name
+    return suite, wishes.results or Path("lab") / "results" / suite.name
 
 
 def _shared(wishes: Wishes, suite: Suite, folder: Path) -> Bench:
@@ -176,8 +181,8 @@ def _run(shared: Bench, wishes: Wishes) -> None:
         if console.is_terminal:
             _run_live(shared, places, console, watch)
         else:
-            listener = Listener(on_start=watch.start, on_end=_lines(shared, watch, len(places)))
-            run_workers(shared, places, listener)
+            on_end = _told(shared, watch, len(places), console)
+            run_workers(shared, places, Listener(on_start=watch.start, on_end=on_end))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -187,15 +192,36 @@ def _run_live(shared: Bench, places: Sequence[Any], console: Console, watch: Wat
     def view() -> RenderableType:
         return progress_view(shared.suite, read_results(shared.folder), watch, len(places))
 
-    listener = Listener(on_start=watch.start, on_end=watch.end)
+    def on_end(cell: Cell, result: Result | None, seconds: float) -> None:
+        watch.end(cell, result, seconds)
+        if result is not None and result["status"] == FAILED:  # the table only counts it
+            _print(console, f"{cell.key}: failed after {_duration(seconds)}")
+            _print(console, reason_text(result, log_of(shared.folder, cell.key), width=console.width))
+
+    listener = Listener(on_start=watch.start, on_end=on_end)
     with Live(
         get_renderable=view, console=console, refresh_per_second=1 / REFRESH_S, transient=True
     ):
         run_workers(shared, list(places), listener)
 
 
-def _lines(shared: Bench, watch: Watch, places: int) -> Callable[..., None]:
-    """For logs: a line per finished cell."""
+def reason_text(result: Result, log: Path, *, width: int) -> str:
+    """Why a cell failed, in few indented lines: the beginning of its error, and the file with the rest."""
+    lines = textwrap.wrap(
+        str(result["error"]),
+        width=width,
+        initial_indent=INDENT,
+        subsequent_indent=INDENT,
+        max_lines=ERROR_LINES,
+        placeholder=" …",
+    )
+    if log.is_file():  # not of a cell that ran on another machine
+        lines.append(f"{INDENT}log: {log}")
+    return "\n".join(lines)
+
+
+def _told(shared: Bench, watch: Watch, places: int, console: Console) -> Callable[..., None]:
+    """For logs: a line per cell that has ended, and below one that failed the reason."""
 
     def on_end(cell: Cell, result: Result | None, seconds: float) -> None:
         watch.end(cell, result, seconds)
@@ -203,14 +229,25 @@ def _lines(shared: Bench, watch: Watch, places: int) -> Callable[..., None]:
             return
         results = read_results(shared.folder)
         planned, ended = num_cells(shared.suite, results), num_ended(shared.suite, results)
-        outcome = result.get("error") or f"{shared.suite.select} {result['selected']['final']:.4f}"
-        left = _left_s(results, watch, planned - ended, places) or 0
-        print_line = f"{ended}/{planned} {cell.key}: {outcome}, {seconds:.0f} s"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"{print_line}, about {_duration(left)} left"
-        )
+        left = _duration(_left_s(results, watch, planned - ended, places) or 0)
+        if result["status"] == DONE:
+            outcome = f"{shared.suite.select} {result['selected']['final']:.4f},"
+        else:
+            outcome = "failed after"
+        line = f"{ended}/{planned} {cell.key}: {outcome} {_duration(seconds)}, about {left} left"
+        _print(console, line)
+        if result["status"] == FAILED:
+            _print(console, reason_text(result, log_of(shared.folder, cell.key), width=console.width))
 
     return on_end
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"
 
 
 def _standing(suite: Suite, results: Mapping[str, Result], task: str, method: str) -> str:
@@ -223,7 +260,7 @@ def _standing(suite: Suite, results: Mapping[str, Result], task: str, method: st
     rate = chosen_rate(suite, results, task, method)
     at = [r for r in mine if r["status"] == DONE and r["cell"]["learning_rate"] == rate]
     failed = sum(r["status"] == FAILED for r in mine)
-    text = f"{len(mine)} cell{'s' if len(mine) > 1 else ''}"
+    text = _cells(len(mine))
     if at:
         mean = scale * sum(r["selected"]["final"] for r in at) / len(at)
         text = f"{mean:.1f} at {rate:g}, {text}"
