@@ -24,6 +24,7 @@ from dynlora.cli.terminal import (
     print_error,
     report_error,
 )
+from dynlora_lab.bench.claims import free
 from dynlora_lab.bench.plan import chosen_rate, num_cells, num_ended
 from dynlora_lab.bench.quick import quick_suite
 from dynlora_lab.bench.render import render
@@ -35,8 +36,8 @@ from dynlora_lab.bench.results import (
     read_results,
 )
 from dynlora_lab.bench.suite import Cell, Suite, check_parts, read_suite
-from dynlora_lab.bench.worker import Bench, Listener, log_of, run_workers, slots, synchronised
-from dynlora_lab.cli.terminal import quiet_run
+from dynlora_lab.bench.worker import Bench, Listener, log_of, run_workers, slots
+from dynlora_lab.cli.terminal import duration, quiet_run
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 REFRESH_S = 1.0
@@ -54,7 +55,6 @@ class Wishes:
     workers: int
     devices: list[str]
     threads: int | None
-    storage: str | None
     cells: list[str]
     render_only: bool
     retry_failed: bool
@@ -94,7 +94,7 @@ def bench(wishes: Wishes) -> int:
             open_folder(folder, suite)
             shared = _shared(wishes, suite, folder)
             if wishes.retry_failed:
-                _free_failed(shared)
+                _free_failed(shared.folder)
             due = shared.due(read_results(shared.folder))
             check_parts(suite, dict.fromkeys(cell.task for cell in due))
             _run(shared, wishes)
@@ -108,7 +108,9 @@ def bench(wishes: Wishes) -> int:
         return report_error(error, code=EXIT_FAILED, debug=wishes.debug)
     failed = [k for k, r in read_results(folder).items() if r["status"] == FAILED]
     if failed:
-        print_error(f"{_cells(len(failed))} failed; run again with: {shared.command} --retry-failed")
+        print_error(
+            f"{_cells(len(failed))} failed; run again with: {shared.command} --retry-failed"
+        )
     return EXIT_FAILED if failed else 0
 
 
@@ -126,10 +128,10 @@ def progress_view(
     line = f"{ended} of {planned} cells"
     left = _left_s(results, watch, planned - ended, places)
     if left is not None:
-        line += f", about {_duration(left)} left"
+        line += f", about {duration(left)} left"
     now = time.monotonic()
     running = [
-        Text(f"{slot}: {key} ({_duration(now - began)})", style="dim")
+        Text(f"{slot}: {key} ({duration(now - began)})", style="dim")
         for key, (slot, began) in sorted(watch.running.items())
     ]
     return Group(table, Text(line), *running)
@@ -152,20 +154,17 @@ def _shared(wishes: Wishes, suite: Suite, folder: Path) -> Bench:
     return Bench(
         suite=suite,
         folder=folder.resolve(),
-        storage=wishes.storage,
         command=command,
         only=frozenset(wishes.cells) or None,
         stop=threading.Event(),
     )
 
 
-def _free_failed(shared: Bench) -> None:
+def _free_failed(folder: Path) -> None:
     """Let cells that failed run again."""
-    ledger = shared.ledger()
-    failed = [k for k, r in synchronised(shared, ledger).items() if r["status"] == FAILED]
-    ledger.forget(failed)
-    for key in failed:
-        (shared.folder / "cells" / f"{key}.json").unlink()
+    for key, result in read_results(folder).items():
+        if result["status"] == FAILED:
+            free(folder, key)
 
 
 def _run(shared: Bench, wishes: Wishes) -> None:
@@ -195,8 +194,8 @@ def _run_live(shared: Bench, places: Sequence[Any], console: Console, watch: Wat
     def on_end(cell: Cell, result: Result | None, seconds: float) -> None:
         watch.end(cell, result, seconds)
         if result is not None and result["status"] == FAILED:  # the table only counts it
-            _print(console, f"{cell.key}: failed after {_duration(seconds)}")
-            _print(console, reason_text(result, log_of(shared.folder, cell.key), width=console.width))
+            reason = reason_text(result, log_of(shared.folder, cell.key), width=console.width)
+            _print(console, f"{cell.key}: failed after {duration(seconds)}\n{reason}")
 
     listener = Listener(on_start=watch.start, on_end=on_end)
     with Live(
@@ -229,15 +228,16 @@ def _told(shared: Bench, watch: Watch, places: int, console: Console) -> Callabl
             return
         results = read_results(shared.folder)
         planned, ended = num_cells(shared.suite, results), num_ended(shared.suite, results)
-        left = _duration(_left_s(results, watch, planned - ended, places) or 0)
+        left = duration(_left_s(results, watch, planned - ended, places) or 0)
         if result["status"] == DONE:
             outcome = f"{shared.suite.select} {result['selected']['final']:.4f},"
         else:
             outcome = "failed after"
-        line = f"{ended}/{planned} {cell.key}: {outcome} {_duration(seconds)}, about {left} left"
-        _print(console, line)
+        line = f"{ended}/{planned} {cell.key}: {outcome} {duration(seconds)}, about {left} left"
         if result["status"] == FAILED:
-            _print(console, reason_text(result, log_of(shared.folder, cell.key), width=console.width))
+            reason = reason_text(result, log_of(shared.folder, cell.key), width=console.width)
+            line = f"{line}\n{reason}"
+        _print(console, line)
 
     return on_end
 
@@ -271,15 +271,6 @@ def _left_s(results: Mapping[str, Result], watch: Watch, cells: int, places: int
     """Seconds that the cells still due take, by the mean of those that ended; None without one."""
     known = watch.seconds or [r["wall_s"] for r in results.values() if "wall_s" in r]
     return sum(known) / len(known) * cells / places if known else None
-
-
-def _duration(seconds: float) -> str:
-    """``1:02:03``, ``2:03`` or ``3 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
 def _show_tables(folder: Path) -> int:
