@@ -1,6 +1,7 @@
 """Run the recipes beyond the paper with LoRA and dynlora, three seeds each, and write a page of results.
 
 python lab/scripts/beyond.py run digit-questions noisy-prompts   # what is there already is left alone
+python lab/scripts/beyond.py run italian --bf16 true --use_cpu true
 python lab/scripts/beyond.py page                                # lab/results/beyond-the-paper/README.md
 python lab/scripts/beyond.py picture                             # ranks.png beside it (needs matplotlib)
 """
@@ -35,8 +36,13 @@ METRICS = {
 }
 
 
-def run_all(names: Sequence[str]) -> None:
-    """Each recipe by method and seed; the first run measures the base too, the same for all."""
+def run_all(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
+    """Each recipe by method and seed; the first run measures the base too, the same for all.
+
+    Args:
+        names: of the recipes.
+        overrides: of their fields, as ``dynlora train`` takes them.
+    """
     from dynlora_lab.tasks.recipe import read_recipe
     from dynlora_lab.tasks.run import run
 
@@ -52,17 +58,15 @@ def run_all(names: Sequence[str]) -> None:
                         "method": method, "seed": seed, "output": f"{scratch}/run",
                         "eval_on_start": str(is_first).lower(),
                     }  # fmt: skip
-                    recipe = read_recipe(
-                        LAB / "recipes" / "beyond" / f"{name}.yaml",
-                        [
-                            part
-                            for key, value in changes.items()
-                            for part in (f"--{key}", str(value))
-                        ],
-                    )
+                    changed = [p for k, v in changes.items() for p in (f"--{k}", str(v))]
+                    path = LAB / "recipes" / "beyond" / f"{name}.yaml"
+                    recipe = read_recipe(path, [*overrides, *changed])
                     record = run(recipe).record
                     record["recipe"]["output"] = f"runs/beyond/{name}"
-                    record["command"] = f"python lab/scripts/beyond.py run {name}"
+                    record["command"] = " ".join(
+                        ["python lab/scripts/beyond.py run", name, *overrides]
+                    )
+                    record["baselines"] |= copied(recipe)
                     texts = Path(scratch, "run", "written.jsonl").read_text(encoding="utf8")
                 _write(kept, json.dumps(record, indent=1, default=str))
                 rows = [json.loads(line) for line in texts.splitlines()]
@@ -70,6 +74,23 @@ def run_all(names: Sequence[str]) -> None:
                 _write(kept.with_suffix(".written.jsonl"), "\n".join(shown))
                 sys.stdout.write(f"{name} {method} {seed}: {record['metrics']}\n")
                 sys.stdout.flush()
+
+
+def copied(recipe: Any) -> dict[str, float]:
+    """What an instruction's source itself scores as its answer; the first eight words as a summary."""
+    from dynlora_lab.tasks.causal_lm import SCORES, Options, rule_kept
+    from dynlora_lab.tasks.data import read_splits
+
+    options = recipe.options
+    if not isinstance(options, Options):
+        return {}
+    (column,) = re.findall(r"{(\w+)}", options.prompt)
+    rows = read_splits(recipe.data).evals[""].select(range(options.generate_rows))
+    texts = rows[column][:]
+    if options.generate == "rouge":
+        texts = [" ".join(text.split()[:8]) for text in texts]
+    scores = SCORES[options.generate](texts, rows[options.answer][:])
+    return scores | ({"rule_kept": rule_kept(texts, options.rule)} if options.rule else {})
 
 
 def page() -> str:
@@ -221,7 +242,8 @@ def _write(path: Path, text: str) -> None:
 if __name__ == "__main__":
     verb, *names = sys.argv[1:]
     if verb == "run":
-        run_all(names or list(METRICS))
+        fields = next((n for n, name in enumerate(names) if name.startswith("--")), len(names))
+        run_all(names[:fields] or list(METRICS), names[fields:])
     elif verb == "page":
         _write(RESULTS / "README.md", page().rstrip())
     elif verb == "picture":

@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -121,57 +119,3 @@ def test_a_cell_that_fails_is_kept_and_the_others_run(suite_file, tmp_path):
     assert by_method["lora"]["status"] == "done"
     assert by_method["dynlora"]["status"] == "failed"
     assert "No modules were targeted" in by_method["dynlora"]["error"]
-
-
-# -- PostgreSQL ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def database():
-    """URL of a real PostgreSQL server that lives as long as the test."""
-    binaries = sorted(p.parent for p in Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not binaries:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    with tempfile.TemporaryDirectory(
-        prefix="dynlora-pg-"
-    ) as place:  # pytest's own is closed to others
-        if as_user:
-            shutil.chown(place, "postgres")
-        data = f"{place}/data"
-        initdb = [str(binaries[-1] / "initdb"), "-D", data, "-A", "trust", "-U", "bench"]
-        subprocess.run([*as_user, *initdb], check=True, capture_output=True)
-        options = f"-c listen_addresses= -c unix_socket_directories={place}"
-        control = [*as_user, str(binaries[-1] / "pg_ctl"), "-D", data, "-w", "-t", "300"]
-        started = [*control, "-o", options, "-l", f"{place}/log", "start"]
-        subprocess.run(started, check=True, stdout=subprocess.DEVNULL)
-        yield f"postgresql+psycopg://bench@/postgres?host={place}"
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL)
-
-
-def test_workers_that_come_at_once_make_the_tables_of_a_new_database_once(database, tmp_path):
-    """The tables are made by whoever comes first; the others must not stumble over it."""
-    code = (
-        "import sys; from pathlib import Path; from dynlora_lab.bench.ledger import Ledger\n"
-        "print(Ledger(sys.argv[1], Path('unused'), 'small').claim('a--b--lr1--seed0'))"
-    )
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, database], stdout=subprocess.PIPE, cwd=tmp_path, text=True
-        )
-        for _ in range(3)
-    ]
-    answers = [w.communicate()[0].strip() for w in workers]
-    assert [w.returncode for w in workers] == [0, 0, 0]
-    assert any(answer != "None" for answer in answers)
-
-
-def test_machines_share_a_suite_through_postgresql(suite_file, tmp_path, database):
-    folders = [tmp_path / "here", tmp_path / "there"]  # as on two machines: no common files
-    both = [start(suite_file, "--results", f, "--storage", database) for f in folders]
-    texts = [p.communicate()[1] for p in both]
-    assert [p.returncode for p in both] == [0, 0], texts
-    here, there = (read_results(f) for f in folders)
-    assert here == there
-    assert len(here) == 2
-    assert sum(text.count("validation") for text in texts) == 2

@@ -12,8 +12,8 @@ import pytest
 from bench_processes import run_here, run_scripts, shared, write_made_up
 from bench_results import cell, result, score, small_suite
 from dynlora_lab.bench import worker
-from dynlora_lab.bench.ledger import MAX_DEATHS
-from dynlora_lab.bench.results import CELLS, DONE, FAILED, WORK, read_results
+from dynlora_lab.bench.claims import claimed
+from dynlora_lab.bench.results import CELLS, DONE, FAILED, WORK, read_results, write_result
 from dynlora_lab.bench.worker import Listener, run_workers, slots
 
 CELL = cell("a", "lora", 0.01, 0)
@@ -48,6 +48,11 @@ def heard():
     )
 
 
+def is_free(folder):
+    with claimed(folder, CELL.key) as is_ours:
+        return is_ours
+
+
 def in_thread(bench, listener=None):
     """Workers beside the test; ``join`` waits for them."""
     thread = threading.Thread(target=run_workers, args=(bench, ONE, listener or Listener()))
@@ -79,7 +84,6 @@ def test_workers_run_all_that_becomes_due_and_each_cell_once(tmp_path, monkeypat
         assert one["selected"]["final"] == pytest.approx(score(cell(*_parts(one))))
         assert one["command"] == f"dynlora bench s.yaml --cell {key}"
         assert 0 <= one["wall_s"] < 60
-    assert bench.ledger().results({}).keys() == found.keys()
     assert [p.name for p in (tmp_path / WORK).glob("cell-*")] == []
     told.clear()
     run_workers(bench, TWO, listener)
@@ -115,33 +119,15 @@ def test_a_worker_waits_for_the_cell_of_another_one_and_takes_its_result_over(
 ):
     bench = one_cell(tmp_path)
     run_here(monkeypatch, write_made_up)
-    other = bench.ledger()
-    number = other.claim(CELL.key)
     told, listener = heard()
-    waiting = in_thread(bench, listener)
-    waiting.join(0.5)
-    assert waiting.is_alive()
-    other.finish(number, result(CELL, 0.75))
+    with claimed(tmp_path, CELL.key):
+        waiting = in_thread(bench, listener)
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        write_result(tmp_path, CELL.key, result(CELL, 0.75))
     waiting.join(60)
     assert told == []
     assert read_results(tmp_path) == {CELL.key: result(CELL, 0.75)}
-
-
-def test_a_claim_is_renewed_while_its_cell_runs(tmp_path, monkeypatch):
-    run_scripts(monkeypatch, HANGS)
-    monkeypatch.setattr(worker, "RENEW_S", 0.0)
-    bench = one_cell(tmp_path)
-
-    def alive():
-        trials = bench.ledger()._study.get_trials(deepcopy=False)
-        return trials[0].user_attrs["alive"] if trials else None
-
-    running = in_thread(bench)
-    wait_for(lambda: alive() is not None)
-    first = alive()
-    wait_for(lambda: alive() > first)
-    bench.stop.set()
-    running.join(60)
 
 
 # -- cells that do not -------------------------------------------------------------------------
@@ -180,7 +166,6 @@ def test_a_cell_that_is_killed_each_time_has_failed(tmp_path, monkeypatch):
     bench = one_cell(tmp_path)
     run_workers(bench, ONE, listener)
     assert [about for kind, _, about in told if kind == "end"] == [None, FAILED]
-    assert MAX_DEATHS == 2
     assert read_results(tmp_path)[CELL.key]["error"] == "ended by signal 9"
 
 
@@ -202,8 +187,8 @@ def test_a_cell_that_is_stopped_ends_and_is_free_again(tmp_path, monkeypatch, co
     assert psutil.Process().children() == []
     assert told == [("start", CELL.key, "worker 0"), ("end", CELL.key, None)]
     assert read_results(tmp_path) == {}
-    ledger = bench.ledger()
-    assert (ledger.running(), ledger.deaths(CELL.key)) == (set(), 0)
+    assert is_free(tmp_path)
+    assert not list((tmp_path / WORK).glob("*.died"))
 
 
 def test_a_stop_loses_no_result_that_is_written_already(tmp_path, monkeypatch):
@@ -215,7 +200,7 @@ def test_a_stop_loses_no_result_that_is_written_already(tmp_path, monkeypatch):
     bench.stop.set()
     running.join(60)
     assert read_results(tmp_path)[CELL.key]["status"] == DONE
-    assert bench.ledger().claim(CELL.key) is None
+    assert not is_free(tmp_path)
 
 
 def test_a_process_that_crashes_after_its_result_has_done_its_cell(tmp_path, monkeypatch):
@@ -228,7 +213,7 @@ def test_workers_that_are_stopped_claim_nothing(tmp_path):
     bench = shared(tmp_path)
     bench.stop.set()
     run_workers(bench, TWO, Listener())
-    assert bench.ledger().running() == set()
+    assert not list((tmp_path / WORK).glob("*.lock"))
 
 
 def test_a_worker_that_fails_ends_the_others_and_is_reported(tmp_path):
@@ -247,7 +232,7 @@ def test_a_worker_that_cannot_start_processes_leaves_its_cell_to_others(tmp_path
     bench = one_cell(tmp_path)
     with pytest.raises(RuntimeError, match="a worker failed: Resource temporarily unavailable"):
         run_workers(bench, ONE, Listener())
-    assert bench.ledger().running() == set()
+    assert is_free(tmp_path)
 
 
 def test_only_the_named_cells_are_due(tmp_path):

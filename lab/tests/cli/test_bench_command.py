@@ -68,11 +68,18 @@ def test_cells_that_failed_are_exit_code_1_and_run_again_when_asked_to(two, tmp_
     )
     ran = bench(two, "--results", folder, "--cell", LORA)
     assert ran.exit_code == 1
-    assert f"1/2 {LORA}: OSError: disk full, " in ran.stderr
+    line, reason, log, way_out = ran.stderr.splitlines()
+    assert re.fullmatch(rf"1/2 {LORA}: failed after \d+ s, about \d+ s left", line)
+    assert reason == "    OSError: disk full"
+    kept = folder / "work" / f"{LORA}.log"
+    assert log == f"    log: {kept}"
+    assert kept.read_text(encoding="utf8") == "OSError: disk full"
+    command = f"dynlora bench {two} --results {folder} --retry-failed"
+    assert way_out == f"dynlora: 1 cell failed; run again with: {command}"
     assert read_results(folder)[LORA]["status"] == "failed"
     run_here(monkeypatch, write_made_up)
     again = bench(two, "--results", folder, "--cell", LORA)
-    assert (again.exit_code, again.stderr) == (1, "")  # tried is tried
+    assert (again.exit_code, again.stderr) == (1, f"{way_out}\n")  # tried is tried
     ran = bench(two, "--results", folder, "--cell", LORA, "--retry-failed")
     assert ran.exit_code == 0, ran.stderr
     assert read_results(folder)[LORA]["status"] == "done"
@@ -85,8 +92,28 @@ def test_a_cell_that_is_tried_again_tells_of_itself_once(two, tmp_path, monkeypa
     dump = "json.dump(found | {'error': 'late'}, open(spec['result'], 'w'))"
     run_scripts(monkeypatch, "import os; os.kill(os.getpid(), 9)", f"{well}; {dump}")
     ran = bench(two, "--results", tmp_path / "results", "--cell", LORA)
-    assert len(ran.stderr.splitlines()) == 1
-    assert f"{LORA}: late" in ran.stderr
+    line, reason, _log_of_the_first_try, way_out = ran.stderr.splitlines()
+    assert (line.partition(":")[0], reason) == (f"1/2 {LORA}", "    late")
+    assert way_out.startswith("dynlora: 1 cell failed;")
+
+
+PARAGRAPH = "ValueError: " + "the checkpoint has ranks that this model cannot take; " * 20
+
+
+@pytest.mark.parametrize("terminal", [{}, {"FORCE_COLOR": "1"}])
+def test_an_error_as_long_as_a_paragraph_takes_few_lines_of_a_narrow_terminal(
+    two, tmp_path, monkeypatch, terminal
+):
+    run_scripts(monkeypatch, f"import sys; open(sys.argv[2], 'w').write({PARAGRAPH!r}); exit(1)")
+    monkeypatch.chdir(tmp_path)
+    ran = bench(two, "--results", "out", "--cell", LORA, COLUMNS="80", **terminal)
+    plain = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", ran.stderr)
+    begin = plain.index(f"{LORA}: failed after")
+    line, *reason, log = plain[begin : plain.index("log: ")].splitlines()
+    assert [bool(line), len(reason), log.strip()] == [True, 3, ""]
+    assert all(len(one) <= 80 and one.startswith("    ") for one in (*reason, log))
+    assert reason[0].startswith("    ValueError: the checkpoint has ranks")
+    assert reason[-1].endswith(" …")
 
 
 def test_ctrl_c_ends_the_bench_says_how_to_go_on_and_is_ours_no_more(two, tmp_path, monkeypatch):
@@ -118,7 +145,7 @@ def test_a_folder_of_results_that_nobody_named_is_found_by_the_suites_name(
     monkeypatch.chdir(tmp_path)
     ran = bench("two.yaml", "--cell", LORA)
     assert ran.exit_code == 0, ran.stderr
-    found = read_results(tmp_path / "benchmarks" / "results" / "two")
+    found = read_results(tmp_path / "lab" / "results" / "two")
     assert found[LORA]["command"] == f"dynlora bench two.yaml --cell {LORA}"
 
 

@@ -168,9 +168,10 @@ def test_help_fits_80_columns(arguments, monkeypatch):
     assert "Fine-tune a" in ran.stdout
 
 
-def test_bench_without_its_packages_says_what_to_install(monkeypatch):
+def test_bench_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "suite.yaml").write_text("name: x\n", encoding="utf8")
     for module in ("dynlora_lab.cli.bench", "dynlora_lab.bench.render", "dynlora_lab.bench.page"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    ran = invoke("bench", "suite.yaml")
+    ran = invoke("bench", tmp_path / "suite.yaml")
     assert_one_line_error(ran, "this needs matplotlib; pip install 'dynlora-lab[bench]'")

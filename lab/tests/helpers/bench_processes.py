@@ -17,7 +17,7 @@ def shared(folder, suite=None, **fields):
     """What the workers of a bench share, its folder made."""
     suite = suite or small_suite()
     open_folder(folder, suite)
-    about = {"suite": suite, "folder": folder, "storage": None, "command": "dynlora bench s.yaml"}
+    about = {"suite": suite, "folder": folder, "command": "dynlora bench s.yaml"}
     return Bench(**{**about, "only": None, "stop": threading.Event(), **fields})
 
 

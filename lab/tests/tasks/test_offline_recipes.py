@@ -30,10 +30,6 @@ SHORTENED = {
         {"max_train_rows": 1920, "max_eval_rows": 200, "max_length": 48, "learning_rate": 3e-3},
         0.2,
     ),
-    "mpnet-movie-polarity": (
-        MOVIE | {"max_train_rows": 800, "per_device_train_batch_size": 8, "learning_rate": 1e-3},
-        0.1,
-    ),
     "distilbert-wnut16": (
         {"max_train_rows": 640, "max_eval_rows": 200, "num_train_epochs": 3, "max_length": 48},
         0.2,

@@ -20,6 +20,7 @@ from dynlora.allocator.record import memory_bytes
 from dynlora.allocator.scores import Score
 from dynlora.callback.held_out import known_evaluate
 from dynlora.callback.live_logs import LiveLogs, RankImage, put_first
+from dynlora.callback.model_card import write_card
 from dynlora.history import HistoryFile
 from dynlora.lora.components import configs_of, is_lora
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
@@ -110,6 +111,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._seen = 0
         self._is_complete = False
         self._file: HistoryFile | None = None  # of the first process
+        self._plan: dict[str, Any] = {}  # when the run began, before any checkpoint
         self._written = 0  # prune events that are in the file
 
     @property
@@ -249,9 +251,15 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._running().check_has_stepped()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **_kwargs: Any,
     ) -> None:
-        """Leave a plain LoRA without pruned components.
+        """Leave a plain LoRA without pruned components, and its model card in ``output_dir``.
 
         Under FSDP and ZeRO shapes cannot change in place: pruned components stay as zeros, and a warning
         says how to leave them out.
@@ -263,6 +271,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         is_sharded = any(module.is_sharded for module in allocator.modules)
         self.ranks = allocator.finalize_()
         self._write_end(allocator, cost)
+        if self._file is not None:
+            write_card(Path(args.output_dir), model, self._plan, self.ranks, state.log_history)
         if is_sharded:
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO), so pruned components stay in it as zeros. Call "
@@ -306,7 +316,10 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         recorded = {e["step"]: e for e in self._file.events if e["event"] == "prune"}
         for entry in allocator.history:
             entry.update({k: v for k, v in recorded.get(entry["step"], {}).items() if k != "event"})
-        self._write("start", step=step, **allocator.plan(), memory_bytes=memory_bytes())
+        starts = [e for e in self._file.events if e["event"] == "start"]
+        plan = allocator.plan()
+        self._plan = starts[0] if starts else plan
+        self._write("start", step=step, **plan, memory_bytes=memory_bytes())
 
     def _write_prune_events(self) -> None:
         history = self._running().history

@@ -86,9 +86,14 @@ def check_one_base(results: Mapping[str, Result]) -> None:
             )
 
 
+def result_path(folder: Path, key: str) -> Path:
+    """The file with the result of the cell ``key``."""
+    return folder / CELLS / f"{key}.json"
+
+
 def write_result(folder: Path, key: str, result: Mapping[str, Any]) -> None:
     """Keep the result of the cell ``key``."""
-    write_json(folder / CELLS / f"{key}.json", {"format": FORMAT, **result})
+    write_json(result_path(folder, key), {"format": FORMAT, **result})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

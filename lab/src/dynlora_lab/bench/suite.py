@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from dynlora_lab.tasks.offline import offline_model
-from dynlora_lab.tasks.recipe import read_fields, recipe_from
+from dynlora_lab.tasks.recipe import recipe_from
 from dynlora_lab.tasks.run import checked_data
-from dynlora_lab.tasks.typed_fields import RecipeError, build, unknown_name
+from dynlora_lab.tasks.typed_fields import RecipeError, build, read_fields, unknown_name
 
 OWN_FIELDS = ("recipe", "learning_rates", "report", "scale")  # of a task, beside its recipe's
 METHOD_FIELDS = ("rate_factor", "learning_rates", "ranks_of")  # of a method, beside its recipe's

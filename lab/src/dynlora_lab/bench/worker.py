@@ -14,13 +14,12 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
 from dynlora_lab.bench.cell import run_cell
-from dynlora_lab.bench.ledger import MAX_DEATHS, Ledger
+from dynlora_lab.bench.claims import claimed, has_died
 from dynlora_lab.bench.plan import source_of, wanted_cells
 from dynlora_lab.bench.results import FAILED, WORK, Result, read_results, write_result
 from dynlora_lab.bench.suite import Cell, Suite
 
 POLL_S = 0.5
-RENEW_S = 20.0
 WAIT_S = 2.0  # where all due cells are with other workers, whose results may make more due
 STOP_S = 10.0  # a cell's process has so long to end when it is asked to
 
@@ -67,7 +66,6 @@ class Bench:
     Attributes:
         suite: the cells.
         folder: of the results.
-        storage: URL of the ledger's database; None: a file in ``folder``.
         command: what a reader types to run the suite again.
         only: keys of the cells to run; None: all.
         stop: set to end the workers.
@@ -75,14 +73,9 @@ class Bench:
 
     suite: Suite
     folder: Path
-    storage: str | None
     command: str
     only: frozenset[str] | None
     stop: threading.Event
-
-    def ledger(self) -> Ledger:
-        """A ledger for one thread."""
-        return Ledger(self.storage, self.folder / WORK / "journal.log", self.suite.name)
 
     def due(self, results: Mapping[str, Result]) -> list[Cell]:
         """Cells that are wanted and not finished."""
@@ -125,58 +118,47 @@ def run_workers(bench: Bench, places: list[Slot], listener: Listener) -> None:
         raise RuntimeError(f"a worker failed: {failures[0]}") from failures[0]
 
 
-def synchronised(bench: Bench, ledger: Ledger) -> dict[str, Result]:
-    """All results, those of other machines written to the folder too."""
-    results = read_results(bench.folder)
-    for key, result in ledger.results(results).items():
-        write_result(bench.folder, key, result)
-        results[key] = result
-    return results
+def log_of(folder: Path, key: str) -> Path:
+    """Where the output of a cell that failed is kept."""
+    return folder / WORK / f"{key}.log"
 
 
 def _work(bench: Bench, slot: Slot, listener: Listener) -> None:
-    ledger = bench.ledger()
     while not bench.stop.is_set():
-        due = bench.due(synchronised(bench, ledger))
+        due = bench.due(read_results(bench.folder))
         if not due:
             return
-        busy = ledger.running()
         for cell in due:
-            number = None if cell.key in busy else ledger.claim(cell.key)
-            if number is not None:
-                _run_claimed(bench, slot, listener, ledger, cell, number)
-                break
+            with claimed(bench.folder, cell.key) as is_ours:
+                if is_ours:
+                    _run_claimed(bench, slot, listener, cell)
+                    break
         else:
             bench.stop.wait(WAIT_S)
 
 
-def _run_claimed(
-    bench: Bench, slot: Slot, listener: Listener, ledger: Ledger, cell: Cell, number: int
-) -> None:
-    """Run the cell and end the attempt, whatever happens."""
+def _run_claimed(bench: Bench, slot: Slot, listener: Listener, cell: Cell) -> None:
+    """Run the cell and keep its result, if it has one."""
     listener.on_start(cell, slot.name)
     began = time.perf_counter()
     result = None
     try:
-        result = _outcome(bench, slot, ledger, cell, number)
+        result = _outcome(bench, slot, cell)
         if result is not None:
             result["wall_s"] = round(time.perf_counter() - began, 3)
             write_result(bench.folder, cell.key, result)
-            ledger.finish(number, result)
     finally:
-        if result is None:
-            ledger.give_up(number, died=not bench.stop.is_set())
         listener.on_end(cell, result, time.perf_counter() - began)
 
 
-def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) -> Result | None:
+def _outcome(bench: Bench, slot: Slot, cell: Cell) -> Result | None:
     """The result of the cell's process; None if it was stopped or died and may be tried again."""
     with tempfile.TemporaryDirectory(dir=bench.folder / WORK, prefix="cell-") as scratch:
         place = Path(scratch)
         target = place / "result.json"
         _write_spec(bench, cell, place, target)
         log = place / "log.txt"
-        code = _run_process(place / "spec.json", slot, log, bench.stop, ledger, number)
+        code = _run_process(place / "spec.json", slot, log, bench.stop)
         if target.is_file():  # whole, and the last thing a cell does, however its process ended
             result: Result = json.loads(target.read_text(encoding="utf8"))
             return result
@@ -184,8 +166,8 @@ def _outcome(bench: Bench, slot: Slot, ledger: Ledger, cell: Cell, number: int) 
             return None
         log.touch()  # of a process that ended before it had begun
         text = log.read_text(encoding="utf8", errors="replace")
-        shutil.copy(log, bench.folder / WORK / f"{cell.key}.log")
-    if code < 0 and ledger.deaths(cell.key) + 1 < MAX_DEATHS:
+        shutil.copy(log, log_of(bench.folder, cell.key))
+    if code < 0 and not has_died(bench.folder, cell.key):
         return None
     last = (text.strip().splitlines() or ["no message"])[-1]
     reason = f"ended by signal {-code}" if code < 0 else last
@@ -218,19 +200,13 @@ def _command(bench: Bench, cell: Cell) -> str:
     return f"{bench.command} --cell {cell.key}"
 
 
-def _run_process(
-    spec: Path, slot: Slot, log: Path, stop: threading.Event, ledger: Ledger, number: int
-) -> int:
-    """Exit code of the cell's process; the claim is renewed meanwhile."""
+def _run_process(spec: Path, slot: Slot, log: Path, stop: threading.Event) -> int:
+    """Exit code of the cell's process."""
     process = _CELLS.Process(target=run_cell, args=(spec, log, dict(slot.environment)))
     process.start()
-    renewed = time.monotonic()
     try:
         while process.is_alive() and not stop.is_set():
             process.join(POLL_S)
-            if time.monotonic() - renewed > RENEW_S:
-                ledger.renew(number)
-                renewed = time.monotonic()
     finally:
         if process.is_alive():
             process.terminate()

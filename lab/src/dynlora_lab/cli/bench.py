@@ -1,6 +1,7 @@
 """``dynlora bench``: run a suite on some workers, watch it, and write its tables."""
 
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from dynlora.cli.terminal import (
     print_error,
     report_error,
 )
+from dynlora_lab.bench.claims import free
 from dynlora_lab.bench.plan import chosen_rate, num_cells, num_ended
 from dynlora_lab.bench.quick import quick_suite
 from dynlora_lab.bench.render import render
@@ -34,11 +36,13 @@ from dynlora_lab.bench.results import (
     read_results,
 )
 from dynlora_lab.bench.suite import Cell, Suite, check_parts, read_suite
-from dynlora_lab.bench.worker import Bench, Listener, run_workers, slots, synchronised
-from dynlora_lab.cli.terminal import quiet_run
+from dynlora_lab.bench.worker import Bench, Listener, log_of, run_workers, slots
+from dynlora_lab.cli.terminal import duration, quiet_run
 from dynlora_lab.tasks.typed_fields import RecipeError
 
 REFRESH_S = 1.0
+INDENT = "    "
+ERROR_LINES = 3  # of an error, in a terminal; the log has the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,6 @@ class Wishes:
     workers: int
     devices: list[str]
     threads: int | None
-    storage: str | None
     cells: list[str]
     render_only: bool
     retry_failed: bool
@@ -91,7 +94,7 @@ def bench(wishes: Wishes) -> int:
             open_folder(folder, suite)
             shared = _shared(wishes, suite, folder)
             if wishes.retry_failed:
-                _free_failed(shared)
+                _free_failed(shared.folder)
             due = shared.due(read_results(shared.folder))
             check_parts(suite, dict.fromkeys(cell.task for cell in due))
             _run(shared, wishes)
@@ -104,6 +107,10 @@ def bench(wishes: Wishes) -> int:
     except RuntimeError as error:
         return report_error(error, code=EXIT_FAILED, debug=wishes.debug)
     failed = [k for k, r in read_results(folder).items() if r["status"] == FAILED]
+    if failed:
+        print_error(
+            f"{_cells(len(failed))} failed; run again with: {shared.command} --retry-failed"
+        )
     return EXIT_FAILED if failed else 0
 
 
@@ -121,10 +128,10 @@ def progress_view(
     line = f"{ended} of {planned} cells"
     left = _left_s(results, watch, planned - ended, places)
     if left is not None:
-        line += f", about {_duration(left)} left"
+        line += f", about {duration(left)} left"
     now = time.monotonic()
     running = [
-        Text(f"{slot}: {key} ({_duration(now - began)})", style="dim")
+        Text(f"{slot}: {key} ({duration(now - began)})", style="dim")
         for key, (slot, began) in sorted(watch.running.items())
     ]
     return Group(table, Text(line), *running)
@@ -137,7 +144,7 @@ def _suite_and_folder(wishes: Wishes) -> tuple[Suite, Path]:
         folder = wishes.results or Path("dynlora-bench-quick")
         return quick_suite(folder.resolve() / "parts"), folder
     suite = read_suite(wishes.suite)  # type: ignore[arg-type]  # one of the two is there
-    return suite, wishes.results or Path("benchmarks") / "results" / suite.name
+    return suite, wishes.results or Path("lab") / "results" / suite.name
 
 
 def _shared(wishes: Wishes, suite: Suite, folder: Path) -> Bench:
@@ -147,20 +154,17 @@ def _shared(wishes: Wishes, suite: Suite, folder: Path) -> Bench:
     return Bench(
         suite=suite,
         folder=folder.resolve(),
-        storage=wishes.storage,
         command=command,
         only=frozenset(wishes.cells) or None,
         stop=threading.Event(),
     )
 
 
-def _free_failed(shared: Bench) -> None:
+def _free_failed(folder: Path) -> None:
     """Let cells that failed run again."""
-    ledger = shared.ledger()
-    failed = [k for k, r in synchronised(shared, ledger).items() if r["status"] == FAILED]
-    ledger.forget(failed)
-    for key in failed:
-        (shared.folder / "cells" / f"{key}.json").unlink()
+    for key, result in read_results(folder).items():
+        if result["status"] == FAILED:
+            free(folder, key)
 
 
 def _run(shared: Bench, wishes: Wishes) -> None:
@@ -176,8 +180,8 @@ def _run(shared: Bench, wishes: Wishes) -> None:
         if console.is_terminal:
             _run_live(shared, places, console, watch)
         else:
-            listener = Listener(on_start=watch.start, on_end=_lines(shared, watch, len(places)))
-            run_workers(shared, places, listener)
+            on_end = _told(shared, watch, len(places), console)
+            run_workers(shared, places, Listener(on_start=watch.start, on_end=on_end))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -187,15 +191,36 @@ def _run_live(shared: Bench, places: Sequence[Any], console: Console, watch: Wat
     def view() -> RenderableType:
         return progress_view(shared.suite, read_results(shared.folder), watch, len(places))
 
-    listener = Listener(on_start=watch.start, on_end=watch.end)
+    def on_end(cell: Cell, result: Result | None, seconds: float) -> None:
+        watch.end(cell, result, seconds)
+        if result is not None and result["status"] == FAILED:  # the table only counts it
+            reason = reason_text(result, log_of(shared.folder, cell.key), width=console.width)
+            _print(console, f"{cell.key}: failed after {duration(seconds)}\n{reason}")
+
+    listener = Listener(on_start=watch.start, on_end=on_end)
     with Live(
         get_renderable=view, console=console, refresh_per_second=1 / REFRESH_S, transient=True
     ):
         run_workers(shared, list(places), listener)
 
 
-def _lines(shared: Bench, watch: Watch, places: int) -> Callable[..., None]:
-    """For logs: a line per finished cell."""
+def reason_text(result: Result, log: Path, *, width: int) -> str:
+    """Why a cell failed, in few indented lines: the beginning of its error, and the file with the rest."""
+    lines = textwrap.wrap(
+        str(result["error"]),
+        width=width,
+        initial_indent=INDENT,
+        subsequent_indent=INDENT,
+        max_lines=ERROR_LINES,
+        placeholder=" …",
+    )
+    if log.is_file():  # not of a cell that ran on another machine
+        lines.append(f"{INDENT}log: {log}")
+    return "\n".join(lines)
+
+
+def _told(shared: Bench, watch: Watch, places: int, console: Console) -> Callable[..., None]:
+    """For logs: a line per cell that has ended, and below one that failed the reason."""
 
     def on_end(cell: Cell, result: Result | None, seconds: float) -> None:
         watch.end(cell, result, seconds)
@@ -203,14 +228,26 @@ def _lines(shared: Bench, watch: Watch, places: int) -> Callable[..., None]:
             return
         results = read_results(shared.folder)
         planned, ended = num_cells(shared.suite, results), num_ended(shared.suite, results)
-        outcome = result.get("error") or f"{shared.suite.select} {result['selected']['final']:.4f}"
-        left = _left_s(results, watch, planned - ended, places) or 0
-        print_line = f"{ended}/{planned} {cell.key}: {outcome}, {seconds:.0f} s"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"{print_line}, about {_duration(left)} left"
-        )
+        left = duration(_left_s(results, watch, planned - ended, places) or 0)
+        if result["status"] == DONE:
+            outcome = f"{shared.suite.select} {result['selected']['final']:.4f},"
+        else:
+            outcome = "failed after"
+        line = f"{ended}/{planned} {cell.key}: {outcome} {duration(seconds)}, about {left} left"
+        if result["status"] == FAILED:
+            reason = reason_text(result, log_of(shared.folder, cell.key), width=console.width)
+            line = f"{line}\n{reason}"
+        _print(console, line)
 
     return on_end
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"
 
 
 def _standing(suite: Suite, results: Mapping[str, Result], task: str, method: str) -> str:
@@ -223,7 +260,7 @@ def _standing(suite: Suite, results: Mapping[str, Result], task: str, method: st
     rate = chosen_rate(suite, results, task, method)
     at = [r for r in mine if r["status"] == DONE and r["cell"]["learning_rate"] == rate]
     failed = sum(r["status"] == FAILED for r in mine)
-    text = f"{len(mine)} cell{'s' if len(mine) > 1 else ''}"
+    text = _cells(len(mine))
     if at:
         mean = scale * sum(r["selected"]["final"] for r in at) / len(at)
         text = f"{mean:.1f} at {rate:g}, {text}"
@@ -234,15 +271,6 @@ def _left_s(results: Mapping[str, Result], watch: Watch, cells: int, places: int
     """Seconds that the cells still due take, by the mean of those that ended; None without one."""
     known = watch.seconds or [r["wall_s"] for r in results.values() if "wall_s" in r]
     return sum(known) / len(known) * cells / places if known else None
-
-
-def _duration(seconds: float) -> str:
-    """``1:02:03``, ``2:03`` or ``3 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
 def _show_tables(folder: Path) -> int:

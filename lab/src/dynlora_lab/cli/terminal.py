@@ -1,4 +1,4 @@
-"""Quiet libraries during a run: the library's own, and those that only the lab uses."""
+"""What the lab's commands share: quiet libraries during a run, and how long something takes, in words."""
 
 import contextlib
 import warnings
@@ -23,3 +23,16 @@ def quiet_run() -> Iterator[None]:
     finally:
         if had_bars:
             datasets.enable_progress_bars()
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, ``2:03`` or ``3 s``.
+
+    >>> [duration(s) for s in (2.6, 123, 3723)]
+    ['3 s', '2:03', '1:02:03']
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

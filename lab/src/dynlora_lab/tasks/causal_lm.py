@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from dynlora_lab.tasks.base_model import BaseModel
-from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
+from dynlora_lab.tasks.data import Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.perplexity import perplexity, row_losses
 from dynlora_lab.tasks.scoring.summaries import rouge_scores
@@ -122,15 +122,8 @@ def read(options: Options, splits: Splits) -> TaskData:
         RecipeError: a column is missing or empty, or messages do not end in an answer.
     """
     notes = _check_columns(options, splits)
-    shaped = partial(_shaped, options=options)
-    return TaskData(
-        train=shaped(splits.train, place=partial(splits.place, "train")),
-        evals={
-            name: shaped(rows, place=partial(splits.place, name or EVAL))
-            for name, rows in splits.evals.items()
-        },
-        notes=notes,
-    )
+    train, evals = splits.shaped(partial(_shaped, options=options))
+    return TaskData(train=train, evals=evals, notes=notes)
 
 
 def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:

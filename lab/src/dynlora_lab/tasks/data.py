@@ -1,8 +1,9 @@
 """Rows for a run: a hub data set, csv/json/parquet files, or an offline carrier; then its splits."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -101,6 +102,15 @@ class Splits:
         """
         line = self.origins[split].line(row) if split in self.origins else None
         return f"data {self.where!r}: {line or f'row {row} of {split}'}"
+
+    def shaped(self, shape: Callable[..., Dataset]) -> tuple[Dataset, dict[str, Dataset]]:
+        """``shape(rows, place=...)`` of train and of each evaluation set; ``place(row)`` as above."""
+        train = shape(self.train, place=partial(self.place, "train"))
+        evals = {
+            name: shape(rows, place=partial(self.place, name or EVAL))
+            for name, rows in self.evals.items()
+        }
+        return train, evals
 
 
 def read_splits(source: DataSource) -> Splits:

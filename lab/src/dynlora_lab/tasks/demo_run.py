@@ -152,7 +152,7 @@ def run_demo(recipe: Recipe, *, data: Path | None, listener: Listener) -> DemoRe
     texts = read_labelled_texts(data) if data else shipped_sample()
     named = None if recipe.model == DEFAULT_MODEL else recipe.model
     encoder = pretrained_encoder(named, announce=listener.announce)
-    result = run(recipe, splits=_splits(texts), overwrite=True, listener=listener)
+    result = run(recipe, splits=splits_of(texts), overwrite=True, listener=listener)
     listener.announce("Re-loading the saved adapter with stock PEFT in a process without dynlora")
     difference = _reloaded(recipe, result, encoder)
     write_run(recipe.output, {**result.record, "reload_difference": difference})
@@ -183,7 +183,8 @@ def _reloaded(recipe: Recipe, result: RunResult, encoder: str) -> float:
     )
 
 
-def _splits(texts: LabelledTexts) -> Splits:
+def splits_of(texts: LabelledTexts) -> Splits:
+    """The texts as a run takes them, with a single set to measure on."""
     return Splits(train=_rows(texts.train), evals={"": _rows(texts.test)})
 
 

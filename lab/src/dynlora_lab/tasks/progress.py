@@ -16,12 +16,15 @@ class Listener:
 
     Attributes:
         announce: a line at the start of each stage.
-        on_step: (optimizer steps done, steps in all, mean live rank or None) after each step.
+        on_step: (optimizer steps done, steps in all, mean live rank or None) before the first step and
+            after each one.
+        on_measure: (batches measured, batches in all) after each batch of an evaluation set.
         on_log: (step, numbers) at each log and evaluation.
     """
 
     announce: Callable[[str], None] = lambda _line: None
     on_step: Callable[[int, int, float | None], None] = lambda _done, _total, _rank: None
+    on_measure: Callable[[int, int], None] = lambda _done, _total: None
     on_log: Callable[[int, Mapping[str, Any]], None] = lambda _step, _numbers: None
 
 
@@ -38,6 +41,16 @@ class TellListener(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.ranks = ranks
         self._mean: float | None = None
         self._read_at = 0.0
+        self._is_training = False
+        self._measured = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """Tell that the first step begins: it may take long."""
+        if state.is_world_process_zero and not self._is_training:
+            self.listener.on_step(state.global_step, state.max_steps, None)
+        self._is_training = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
@@ -50,6 +63,26 @@ class TellListener(TrainerCallback):  # type: ignore[misc]  # transformers is un
             self._mean = sum(ranks.values()) / len(ranks) if ranks else None
             self._read_at = time.monotonic()
         self.listener.on_step(state.global_step, state.max_steps, self._mean)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        eval_dataloader: Any,
+        **_kwargs: Any,
+    ) -> None:
+        """Tell how far an evaluation is."""
+        self._measured += 1
+        if state.is_world_process_zero:
+            self.listener.on_measure(self._measured, len(eval_dataloader))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """Count the batches of the next set from 0."""
+        self._measured = 0
 
     def on_log(
         self,

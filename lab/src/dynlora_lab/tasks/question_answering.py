@@ -15,7 +15,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel, outside_the_trunk
-from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
+from dynlora_lab.tasks.data import Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.answer_spans import SpanSettings, Window, best_answers
 from dynlora_lab.tasks.scoring.squad import Version, squad_scores
@@ -33,7 +33,6 @@ class Options:
         question, context, answers: columns; ``answers`` holds ``{text: […], answer_start: […]}``.
         max_length: tokens of a window: question, a part of the context, special tokens.
         stride: tokens that neighbouring windows of a context share.
-        n_best: candidates kept for a question.
         max_answer_tokens: longer answers are not given.
         null_threshold: v2: "no answer" if its score leads the best span's by more than this.
     """
@@ -44,7 +43,6 @@ class Options:
     answers: str = "answers"
     max_length: int = 384
     stride: int = 128
-    n_best: int = 20
     max_answer_tokens: int = 30
     null_threshold: float = 0.0
 
@@ -54,7 +52,7 @@ class Options:
         Raises:
             ValueError: a number is out of its range.
         """
-        for name in ("max_length", "n_best", "max_answer_tokens"):
+        for name in ("max_length", "max_answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0 <= self.stride < self.max_length:
@@ -67,7 +65,6 @@ class Options:
     def spans(self) -> SpanSettings:
         """How answers are chosen from logits."""
         return SpanSettings(
-            n_best=self.n_best,
             max_answer_tokens=self.max_answer_tokens,
             allow_no_answer=self.version == "v2",
             null_threshold=self.null_threshold,
@@ -86,16 +83,8 @@ def read(options: Options, splits: Splits) -> TaskData:
         need_columns(splits, [column], option=f"options.{option}")
     need_texts(splits, list(columns.values()))
     need_filled(splits, list(columns.values()))
-    checked = partial(_checked, options=options)
-    evals = {
-        name: checked(rows, place_of=partial(splits.place, name or EVAL))
-        for name, rows in splits.evals.items()
-    }
-    return TaskData(
-        train=checked(splits.train, place_of=partial(splits.place, "train")),
-        evals=evals,
-        baselines=_baselines(options, evals),
-    )
+    train, evals = splits.shaped(partial(_checked, options=options))
+    return TaskData(train=train, evals=evals, baselines=_baselines(options, evals))
 
 
 def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
@@ -122,25 +111,25 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     )
 
 
-def _checked(rows: Dataset, *, options: Options, place_of: Callable[[int], str]) -> Dataset:
+def _checked(rows: Dataset, *, options: Options, place: Callable[[int], str]) -> Dataset:
     """One shape for what follows; numbered by row, since ids may be missing or repeat."""
     questions = [text.strip() for text in rows[options.question][:]]
     contexts, golds, starts = rows[options.context][:], [], []
     for row, (answers, context) in enumerate(zip(rows[options.answers][:], contexts, strict=True)):
-        place = place_of(row)
+        where = place(row)
         if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
             raise RecipeError(
-                f"{place} has {answers!r} in {options.answers!r}; give {{text: […], answer_start: […]}}."
+                f"{where} has {answers!r} in {options.answers!r}; give {{text: […], answer_start: […]}}."
             )
         if options.version == "v1" and not answers["text"]:
             raise RecipeError(
-                f"{place} has no answer; drop it, or set options.version to v2, where questions may have "
+                f"{where} has no answer; drop it, or set options.version to v2, where questions may have "
                 "none."
             )
         for text, start in zip(answers["text"], answers["answer_start"], strict=True):
             if context[start : start + len(text)] != text:
                 raise RecipeError(
-                    f"{place}: the answer {text!r} does not stand at character {start} of the context; "
+                    f"{where}: the answer {text!r} does not stand at character {start} of the context; "
                     "correct answer_start."
                 )
         golds.append(list(answers["text"]))

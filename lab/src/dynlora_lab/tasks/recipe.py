@@ -18,6 +18,7 @@ from dynlora_lab.tasks.typed_fields import (
     build,
     check_values,
     field_types,
+    read_fields,
     unknown_name,
 )
 
@@ -99,28 +100,6 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     values = read_fields(path, what="recipe", first="task")
     return recipe_from(values, overrides)
-
-
-def read_fields(path: Path, *, what: str, first: str) -> dict[str, Any]:
-    """The fields in a YAML file.
-
-    Args:
-        path: the file.
-        what: what it is called in an error, such as "recipe".
-        first: the field that such a file begins with, for an empty one.
-
-    Raises:
-        RecipeError: the file is missing, cannot be read as YAML, or holds no fields.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"{what} {str(path)!r} is not a file; check its name.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{what} {str(path)!r} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{what} {str(path)!r} holds no fields; begin with '{first}: …'.")
-    return values
 
 
 def recipe_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

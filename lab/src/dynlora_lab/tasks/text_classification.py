@@ -18,7 +18,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel
-from dynlora_lab.tasks.data import EVAL, Splits, need_columns, need_filled, need_texts
+from dynlora_lab.tasks.data import Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.typed_fields import RecipeError
 
@@ -88,12 +88,7 @@ def read(options: Options, splits: Splits) -> TaskData:
     notes = need_texts(splits, list(options.texts))
     need_filled(splits, [options.label])
     names = None if options.is_regression else _label_names(options, splits)
-    numbered = partial(_numbered, options=options, names=names)
-    train = numbered(splits.train, place=partial(splits.place, "train"))
-    evals = {
-        name: numbered(rows, place=partial(splits.place, name or EVAL))
-        for name, rows in splits.evals.items()
-    }
+    train, evals = splits.shaped(partial(_numbered, options=options, names=names))
     return TaskData(
         train=train,
         evals=evals,

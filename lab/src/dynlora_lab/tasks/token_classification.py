@@ -17,7 +17,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dynlora_lab.tasks.base_model import BaseModel, outside_the_trunk
-from dynlora_lab.tasks.data import EVAL, Splits, need_columns
+from dynlora_lab.tasks.data import Splits, need_columns
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
 from dynlora_lab.tasks.scoring.entity_spans import span_scores
 from dynlora_lab.tasks.scoring.perplexity import IGNORED
@@ -59,12 +59,7 @@ def read(options: Options, splits: Splits) -> TaskData:
     need_columns(splits, [options.words], option="options.words")
     need_columns(splits, [options.tags], option="options.tags")
     names = _tag_names(options, splits)
-    numbered = partial(_numbered, options=options, names=names)
-    train = numbered(splits.train, place=partial(splits.place, "train"))
-    evals = {
-        name: numbered(rows, place=partial(splits.place, name or EVAL))
-        for name, rows in splits.evals.items()
-    }
+    train, evals = splits.shaped(partial(_numbered, options=options, names=names))
     return TaskData(
         train=train, evals=evals, labels=names, baselines=_baselines(train, evals, names)
     )

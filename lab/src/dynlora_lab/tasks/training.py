@@ -49,6 +49,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "save_total_limit": 1,
         "eval_on_start": True,
         "logging_steps": 10,
+        "logging_first_step": True,  # a loss to show from the start
         "warmup_steps": 0.06,  # a share of the run, as in the paper's code
         "weight_decay": 0.01,
         "report_to": "none",

@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
@@ -16,6 +18,28 @@ _LENIENT = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=False)
 
 class RecipeError(ValueError):
     """A mistake in a recipe or in the data it names: one line that names the way out."""
+
+
+def read_fields(path: Path, *, what: str, first: str) -> dict[str, Any]:
+    """The fields in a YAML file.
+
+    Args:
+        path: the file.
+        what: what it is called in an error, such as "recipe".
+        first: the field that such a file begins with, for an empty one.
+
+    Raises:
+        RecipeError: the file is missing, cannot be read as YAML, or holds no fields.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{what} {str(path)!r} is not a file; check its name.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{what} {str(path)!r} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{what} {str(path)!r} holds no fields; begin with '{first}: …'.")
+    return values
 
 
 def build(

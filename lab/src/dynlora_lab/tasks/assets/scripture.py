@@ -60,11 +60,6 @@ def build_spanish_bible(parts: Parts, destination: Path) -> None:
     _write_chapters(read_verses(parts, "sword-text-sparv"), destination)
 
 
-def build_english_bible(parts: Parts, destination: Path) -> None:
-    """Chapters of the World English Bible: column text."""
-    _write_chapters(read_verses(parts, "sword-text-web"), destination)
-
-
 def read_verses(parts: Parts, package: str) -> dict[Verse, str]:
     """Verses in the order of the book, without notes, headings and markup; empty ones left out."""
     from pysword.modules import SwordModules  # an optional package: only who builds this needs it

