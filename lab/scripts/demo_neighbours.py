@@ -10,7 +10,6 @@ stack of linear layers of the encoder's shapes instead, which needs torch alone 
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import statistics
@@ -59,8 +58,9 @@ def main() -> None:
                 rows.append({"round": turn, "neighbours": count, "load": load, "step_s": seconds})
                 print(rows[-1], flush=True)
     from dynlora_lab.tasks.provenance import machine, source_commit, versions
+    from dynlora_lab.tasks.whole_file import write_json
 
-    write(
+    write_json(
         options.out,
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -195,13 +195,6 @@ def stand_in() -> Callable[[int], object]:
     model = nn.Sequential(*layers * 6)
     batch = torch.randn(32 * 24, 384, requires_grad=True)
     return lambda _number: model(batch).sum().backward()
-
-
-def write(path: Path, content: dict) -> None:
-    """The file, whole."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
-    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from dynlora_lab.bench.results import DONE, Result, write_json
+from dynlora_lab.bench.results import DONE, Result
 from dynlora_lab.tasks.recipe import Recipe, recipe_from
 from dynlora_lab.tasks.run import run
 from dynlora_lab.tasks.run_files import read_run
+from dynlora_lab.tasks.whole_file import write_json
 
 KEPT = (
     "steps",
@@ -66,7 +67,8 @@ def run_spec(path: Path) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     result |= {"started": started, "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
     result |= {"peak_memory_bytes": _peak_memory_bytes()}
-    write_json(Path(spec["result"]), {**result, "cell": spec["cell"], "command": spec["command"]})
+    result |= {"cell": spec["cell"], "command": spec["command"]}
+    write_json(Path(spec["result"]), result)
 
 
 def cell_result(

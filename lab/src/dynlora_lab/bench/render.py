@@ -5,6 +5,7 @@ from pathlib import Path
 from dynlora_lab.bench.page import as_html
 from dynlora_lab.bench.summary import summarise
 from dynlora_lab.bench.text_tables import as_csv, as_json, as_latex, as_markdown
+from dynlora_lab.tasks.whole_file import write_whole
 
 TABLES = {
     "README.md": as_markdown,
@@ -27,10 +28,4 @@ def rendered(folder: Path) -> dict[str, str]:
 
 def render(folder: Path) -> list[Path]:
     """Write the tables into ``folder`` and give their paths."""
-    written = []
-    for name, content in rendered(folder).items():
-        path, new = folder / name, folder / f".new-{name}"
-        new.write_text(content, encoding="utf8")
-        new.replace(path)
-        written.append(path)
-    return written
+    return [write_whole(folder / name, content) for name, content in rendered(folder).items()]

@@ -1,13 +1,13 @@
 """Results on disk: one JSON file a finished cell, and the suite they belong to."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynlora_lab.bench.suite import Suite, suite_from
 from dynlora_lab.tasks.typed_fields import RecipeError
+from dynlora_lab.tasks.whole_file import write_json
 
 FORMAT = 1
 CELLS, WORK, SUITE_FILE = "cells", "work", "suite.json"
@@ -94,18 +94,6 @@ def result_path(folder: Path, key: str) -> Path:
 def write_result(folder: Path, key: str, result: Mapping[str, Any]) -> None:
     """Keep the result of the cell ``key``."""
     write_json(result_path(folder, key), {"format": FORMAT, **result})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write in one piece: an older file stays until the new one is whole."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".new-", delete=False, encoding="utf8"
-    ) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    temporary = Path(file.name)
-    temporary.chmod(0o644)
-    temporary.replace(path)
 
 
 def _check_unchanged(folder: Path, old: Suite, new: Suite) -> None:

@@ -9,15 +9,12 @@ import yaml
 from dynlora_lab.methods.trained_weights import TRAINED_FILE
 from dynlora_lab.tasks.assets import find_asset
 from dynlora_lab.tasks.recipe import Recipe
+from dynlora_lab.tasks.whole_file import write_whole
 
 
 def write_card(recipe: Recipe, record: Mapping[str, Any]) -> Path:
     """Write the model card of a finished run to ``README.md`` in its folder."""
-    path = Path(recipe.output) / "README.md"
-    temporary = path.with_suffix(".incoming")
-    temporary.write_text(card(recipe, record), encoding="utf8")
-    temporary.replace(path)
-    return path
+    return write_whole(Path(recipe.output) / "README.md", card(recipe, record))
 
 
 def card(recipe: Recipe, record: Mapping[str, Any]) -> str:

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynlora import last_checkpoint
 from dynlora_lab.tasks.typed_fields import RecipeError
+from dynlora_lab.tasks.whole_file import write_whole
 from dynlora_lab.tasks.written import FILE as WRITTEN
 
 RUN_FILE = "run.json"
@@ -20,16 +20,8 @@ RUNNING, INTERRUPTED, FAILED, DONE = "running", "interrupted", "failed", "done"
 def write_run(folder: Path, content: Mapping[str, Any]) -> Path:
     """Write ``run.json`` in one piece: an older one stays until the new one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RUN_FILE
-    with tempfile.NamedTemporaryFile(
-        "w", dir=folder, prefix=".run-", delete=False, encoding="utf8"
-    ) as file:
-        json.dump({"format": FORMAT, **content}, file, indent=2, default=str)
-        file.write("\n")
-    temporary = Path(file.name)
-    temporary.chmod(0o644)
-    temporary.replace(path)
-    return path
+    text = json.dumps({"format": FORMAT, **content}, indent=2, default=str)
+    return write_whole(folder / RUN_FILE, f"{text}\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
