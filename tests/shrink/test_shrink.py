@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
 
+from dynlora.adapter_files.updates import read
 from dynlora.adapter_files.write import write_adapter
 from dynlora.shrink import shrink_adapter
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
@@ -190,6 +191,7 @@ def test_modules_of_rank_0_are_excluded_and_scalings_stay(tmp_path):
     dead = [name for name, rank in done.ranks.items() if rank == 0]
     assert "model.layers.0.self_attn.q_proj" in dead
     assert set(done.config.exclude_modules) == set(dead)
+    assert set(read(tmp_path / "out").pruned) == set(dead)  # for a later uniform export
     again = loaded(tiny_llama, tmp_path / "out")
     old, new = (
         {n: m.scaling["default"] for n, m in net.named_modules() if hasattr(m, "lora_A")}
