@@ -81,6 +81,23 @@ def base_model(case: GpuCase, device: str) -> nn.Module:
     return model.to(case.dtype).requires_grad_(False).train()
 
 
+def quantised_model(case: GpuCase, device: str) -> nn.Module:
+    """The frozen model with its targeted layers in 4 bit, by bitsandbytes, as QLoRA has them."""
+    import bitsandbytes as bnb  # only here: a machine without it loses this case alone
+
+    model = base_model(case, device)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in case.shape.targets:
+            small = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=layer.bias is not None,
+                compute_dtype=case.dtype, quant_type="nf4",
+            )  # fmt: skip
+            small.load_state_dict(layer.state_dict())
+            model.set_submodule(name, small.requires_grad_(False).to(device))
+    vars(model).update(is_loaded_in_4bit=True)  # asked for by PEFT
+    return model
+
+
 @dataclass
 class Training:
     """A model in training, to move its last hidden state along one direction.

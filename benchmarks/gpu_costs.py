@@ -22,10 +22,21 @@ from arms import (
     adamw,
     freeze_,
 )
-from gpu_arms import ARMS, GpuCase, Training, allocated, base_model, fresh, lora, lora_model
+from gpu_arms import (
+    ARMS,
+    GpuCase,
+    Training,
+    allocated,
+    base_model,
+    fresh,
+    lora,
+    lora_model,
+    quantised_model,
+)
 from gpu_timing import Clock, allocated_bytes, compared, memory_of, milliseconds, synchronize
 from torch import nn
 
+LORA_FUSED = f"{LORA_TARGET}, fused"
 _CUDA = torch.autograd.DeviceType.CUDA
 Attempt = Callable[[Callable[[], Any]], dict[str, Any]]
 COMPILED = (
@@ -83,6 +94,20 @@ class Costs:
         # all arms share the code of their models, and each of them is one compilation of it
         with torch._dynamo.config.patch(recompile_limit=64):
             return self._compare({name: lambda n=name: make(n) for name in COMPILED})
+
+    def quantised(self, case: GpuCase) -> dict[str, Any]:
+        """LoRA on a 4-bit base by bitsandbytes, with PEFT's forward pass and with the fused update."""
+        base = quantised_model(case, self.device)
+
+        def make(*, is_fused: bool) -> Training:
+            return lora(case, fresh(base), case.target_r, is_fused=is_fused)
+
+        return self._compare(
+            {
+                LORA_TARGET: lambda: make(is_fused=False),
+                LORA_FUSED: lambda: make(is_fused=True),
+            }
+        )
 
     def rank_0(self, case: GpuCase, *, checkpointing: bool) -> dict[str, Any]:
         """LoRA without some of its modules, from token ids.

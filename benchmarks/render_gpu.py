@@ -6,7 +6,12 @@ from typing import Any
 
 from tables import table
 
-TIMED = {"steps": "Steps", "gain": "Modules of rank 0", "compiled": "Compiled steps"}
+TIMED = {
+    "steps": "Steps",
+    "gain": "Modules of rank 0",
+    "compiled": "Compiled steps",
+    "quantised": "4-bit base",
+}
 NOT_SHOWN = {"losses", "ranks", "seconds", "options", "found", "put_into"}
 
 

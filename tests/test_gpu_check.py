@@ -63,7 +63,7 @@ def test_a_rehearsed_case_says_where_it_comes_from_and_times_every_arm(check, tm
         assert case["arms"][gpu_arms.BEFORE]["peer"] == gpu_arms.LORA_INITIAL
 
 
-@pytest.mark.parametrize("only", ["gain", "allocator", "promises"])
+@pytest.mark.parametrize("only", ["gain", "allocator", "promises", "quantised"])
 def test_a_rehearsed_section_fails_in_no_case(check, tmp_path, only):
     found = rehearsed(check, tmp_path, f"{only}: ", "--seconds", "100000")
     cases = found[only]["cases"]
@@ -86,10 +86,21 @@ def test_every_arm_with_an_allocator_is_what_its_name_says(plan):
     assert 0 in allocators[gpu_arms.AFTER].ranks().values()
 
 
+def test_what_no_run_has_measured_yet_comes_before_what_has_results(plan):
+    """Of the timed cases; the results are those beside the benchmarks."""
+    results = BENCHMARKS / "results" / "gpu"
+    known = {p.stem: json.loads(p.read_text(encoding="utf-8"))["cases"] for p in results.glob("*")}
+    costs = plan.Costs("cuda", plan.Clock(0.0), plan.attempt, rounds=1, steps=1)
+    timed = [c for c in plan.plan(costs, rehearse=False) if c.section != "promises"]
+    has_result = ["seconds" in known.get(c.section, {}).get(c.name, {}) for c in timed]
+    assert has_result == sorted(has_result)
+    assert sum(c.seconds for c, has in zip(timed, has_result, strict=True) if not has) < 540
+
+
 def test_without_time_every_case_is_recorded_as_left_out(check, tmp_path):
     found = rehearsed(check, tmp_path, "", "--seconds", "0")
     cases = [c for section in found.values() for c in section["cases"].values()]
-    assert len(found) == 5
+    assert len(found) == 6
     assert all(c.keys() == {"left_out"} for c in cases)
 
 

@@ -3,7 +3,8 @@
     DynLoraError
     ├── NotFiniteError (FloatingPointError)    a gradient, weight or score is NaN or infinite
     ├── CannotShrinkError (TypeError)          something depends on the shapes that would change
-    └── AdapterFileError (ValueError)          an adapter folder is damaged, or of another kind
+    ├── AdapterFileError (ValueError)          an adapter folder is damaged, or of another kind
+    └── VerificationError (RuntimeError)       what was written does not compute what it should
 
 A wrong argument raises ValueError or TypeError, as everywhere in Python.
 """
@@ -23,3 +24,7 @@ class CannotShrinkError(DynLoraError, TypeError):
 
 class AdapterFileError(DynLoraError, ValueError):
     """An adapter folder is damaged, incomplete, or holds something else."""
+
+
+class VerificationError(DynLoraError, RuntimeError):
+    """What was written, loaded again, does not compute what it should; nothing of it is left."""

@@ -7,10 +7,11 @@ since 1970). It is written whole or not at all, so a killed run leaves a readabl
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dynlora.files import whole_file
 
 HISTORY_FILE = "history.jsonl"
 
@@ -73,8 +74,8 @@ class HistoryFile:
                 for event in read_history(self.path)
                 if event["step"] <= resume_step and event["event"] != "end"
             ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, self.events)
+        with whole_file(self.path) as temporary:
+            temporary.write_bytes(b"".join(map(_line, self.events)))
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one line in one piece; where that fails, as on a full disk, none of it is kept."""
@@ -104,12 +105,3 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)  # of numpy or torch, too
     return number if math.isfinite(number) else None
-
-
-def _replace(path: Path, events: Iterable[Event]) -> None:
-    """A new file under a temporary name, renamed when it is whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as new:
-        new.writelines(_line(event) for event in events)
-    temporary = Path(new.name)
-    temporary.chmod(0o644)
-    temporary.replace(path)

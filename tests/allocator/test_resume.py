@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 
-from small_net import adamw, adapted, allocated, attached, train
+from small_net import adamw, adapted, allocated, attached, small_net, train
 
 RUN = {"total_steps": 40, "prune_interval": 3, "target_r": 0.5}
 
@@ -122,6 +123,18 @@ def test_an_allocator_built_after_the_weights_says_that_it_must_be_built_before(
     third = allocated(second, adamw(second), **RUN)
     with pytest.raises(ValueError, match=r"build the RankAllocator before model.load_state_dict"):
         third.load_state_dict(allocator.state_dict())
+
+
+def test_a_model_that_has_the_final_ranks_already_is_sent_on_without_dynlora(tmp_path):
+    """As by a framework that builds the adapter from the checkpoint."""
+    model, optimizer, allocator = attached(**RUN | {"target_r": 0.5})
+    train(model, optimizer, 25)
+    assert 0 in allocator.ranks().values()
+    model.save_pretrained(tmp_path)
+    built = PeftModel.from_pretrained(small_net(), tmp_path, is_trainable=True)
+    again = allocated(built, adamw(built), **RUN | {"target_r": 0.5})
+    with pytest.raises(ValueError, match="final ranks already: resume without dynlora"):
+        again.load_state_dict(allocator.state_dict())
 
 
 @pytest.mark.parametrize(

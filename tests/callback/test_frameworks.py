@@ -1,17 +1,27 @@
-"""docs/frameworks.md: how frameworks that build the LoRA themselves bring the callback, by stand-ins.
+"""docs/frameworks.md: how frameworks that build the LoRA themselves bring the callback.
 
-A stand-in calls as the framework's public source does; it is written from what that source does, and holds
-none of it.
+Where the framework is not installed, a stand-in calls as its public source does; it is written from what
+that source does, and holds none of it.
 """
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import fields
+from inspect import signature
+from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from doc_fences import fences
 from dynlora import DynLoraCallback, RankAllocator
+from dynlora.allocation import Settings
 
 STEPS = 12
 FREEZE = 6
@@ -30,33 +40,106 @@ class Net(nn.Module):
         return {"loss": F.mse_loss(self.layers(x), labels)}
 
 
-def adapted():
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["layers.0", "layers.1", "layers.2"])
+def adapted(r=4):
+    config = LoraConfig(r=r, lora_alpha=8, target_modules=["layers.0", "layers.1", "layers.2"])
     return get_peft_model(Net(), config)
 
 
-def trainer_of(folder, *, callbacks=None, steps=STEPS):
+def trainer_of(folder, *, callbacks=None, r=4):
     draws = torch.Generator().manual_seed(1)
     rows = [
         {"x": torch.randn(10, generator=draws), "labels": torch.randn(10, generator=draws)}
         for _ in range(32)
     ]
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, save_steps=1, learning_rate=1e-2, report_to=[],
+        str(folder), max_steps=STEPS, save_steps=1, learning_rate=1e-2, report_to=[],
         use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    return Trainer(adapted(), arguments, train_dataset=rows, callbacks=callbacks)
+    return Trainer(adapted(r), arguments, train_dataset=rows, callbacks=callbacks)
 
 
 def trained(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-class AxolotlPlugin:
-    """Asked for callbacks with the finished model before the trainer is built."""
+def stand_in(monkeypatch, name, **names):
+    """A module of a framework that is not installed, and the packages around it."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+    vars(sys.modules[name]).update(names)
 
-    def add_callbacks_pre_trainer(self, _cfg, model):
-        return [DynLoraCallback(target_r=2, min_r=1)]
+
+@pytest.fixture
+def axolotl_plugin(monkeypatch):
+    """The module of our plugin, on axolotl itself where it is installed."""
+    name = "dynlora.integrations.axolotl"
+    if importlib.util.find_spec("axolotl") is None:
+        stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=type("BasePlugin", (), {}))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+KEYS = {"plugins": ["dynlora.integrations.axolotl.DynLoraPlugin"], "adapter": "lora"}
+
+
+def axolotl_run(plugin, cfg, folder):
+    """axolotl registers the plugin with the raw file, then asks it for callbacks of the built model."""
+    mine = plugin.DynLoraPlugin()
+    mine.register(cfg)
+    return trainer_of(folder, callbacks=mine.add_callbacks_pre_trainer(cfg, adapted()))
+
+
+def test_the_keys_of_the_page_name_the_plugin_and_its_target(axolotl_plugin):
+    (file,) = [f for f in fences("docs/frameworks.md") if "plugins:" in f.text]
+    cfg = yaml.safe_load(file.text)
+    where, _, name = cfg["plugins"][0].rpartition(".")
+    assert getattr(importlib.import_module(where), name) is axolotl_plugin.DynLoraPlugin
+    assert axolotl_plugin.callback_of(cfg).settings == {"target_r": 8}
+
+
+def test_the_axolotl_plugin_resumes_after_the_freeze(axolotl_plugin, tmp_path):
+    cfg = KEYS | {"dynlora_target_r": 2, "dynlora_min_r": None}
+    axolotl_run(axolotl_plugin, cfg, tmp_path).train()
+    again = axolotl_run(axolotl_plugin, cfg, tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{FREEZE + 2}"))
+    assert trained(again.model) <= AT_RANK_2
+
+
+def test_the_axolotl_plugin_has_a_key_for_every_plain_argument_of_the_callback(axolotl_plugin):
+    arguments = {f.name for f in fields(Settings)} | set(signature(DynLoraCallback).parameters)
+    of_python = {"settings", "evaluate", "adapter", "rank_image", "score", "total_steps"}
+    where, _, name = axolotl_plugin.DynLoraPlugin().get_input_args().rpartition(".")
+    keys = getattr(importlib.import_module(where), name).model_fields
+    assert set(keys) == {f"dynlora_{name}" for name in arguments - of_python}
+    given = axolotl_plugin.DynLoraArgs(dynlora_target_r="auto").model_dump(exclude_none=True)
+    assert given == {"dynlora_target_r": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({}, ValueError, "dynlora_target_r is missing"),
+        ({"dynlora_target_r": 2, "dynlora_minr": 1}, TypeError, "'minr'. Did you mean min_r"),
+        (
+            {"dynlora_target_r": 2, "dynlora_min_r": 0, "lora_o_kernel": True},
+            ValueError,
+            "dynlora_min_r=0 .* lora_o_kernel read the adapter of every module.*lora_o_kernel: false",
+        ),
+    ],
+)
+def test_the_axolotl_plugin_refuses_wrong_keys_before_a_model_is_loaded(
+    axolotl_plugin, keys, error, message
+):
+    with pytest.raises(error, match=message):
+        axolotl_plugin.DynLoraPlugin().register(KEYS | keys)
+
+
+@pytest.mark.parametrize(("kernel", "min_r"), [(True, 1), (False, None)])
+def test_axolotls_kernels_keep_a_component_in_every_module(axolotl_plugin, kernel, min_r):
+    cfg = KEYS | {"dynlora_target_r": 2, "lora_mlp_kernel": kernel}
+    assert axolotl_plugin.callback_of(cfg).settings.get("min_r") == min_r
 
 
 def run_exp(folder, callbacks):
@@ -64,49 +147,48 @@ def run_exp(folder, callbacks):
     return trainer_of(folder, callbacks=[*callbacks])
 
 
-BUILT_WITH = {
-    "axolotl": lambda f: trainer_of(
-        f, callbacks=AxolotlPlugin().add_callbacks_pre_trainer({}, adapted())
-    ),
-    "LLaMA-Factory": lambda f: run_exp(f, [DynLoraCallback(target_r=2)]),
-}
-
-
-@pytest.mark.parametrize("name", BUILT_WITH)
-def test_a_callback_that_the_trainer_is_built_with_resumes_after_the_freeze(name, tmp_path):
-    BUILT_WITH[name](tmp_path).train()
-    again = BUILT_WITH[name](tmp_path)
+def test_a_callback_that_llama_factory_hands_on_resumes_after_the_freeze(tmp_path):
+    run_exp(tmp_path, [DynLoraCallback(target_r=2)]).train()
+    again = run_exp(tmp_path, [DynLoraCallback(target_r=2)])
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{FREEZE + 2}"))
     assert trained(again.model) <= AT_RANK_2
 
 
-def added_later(folder, *, tells_of_the_model):
-    """ms-swift 4: an entry of ``callbacks_map`` is called with the arguments and the built trainer."""
+def test_the_plugin_file_for_ms_swift_resumes_after_the_freeze(monkeypatch, tmp_path):
+    """ms-swift calls an entry with the arguments and the trainer, which is not built yet."""
+    known = {}
+    if importlib.util.find_spec("swift") is None:
+        stand_in(monkeypatch, "swift.callbacks", callbacks_map=known)
+    else:
+        known = importlib.import_module("swift.callbacks").callbacks_map
+    (file,) = [f for f in fences("docs/frameworks.md") if "callbacks_map" in f.text]
+    file.run({})
 
-    def entry(args, trainer):
-        callback = DynLoraCallback(target_r=2)
+    def swift_run():
+        entry = known["dynlora"](None, object.__new__(Trainer))
+        return trainer_of(tmp_path, callbacks=[entry], r=10)
+
+    swift_run().train()
+    again = swift_run()
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{FREEZE + 2}"))
+    assert trained(again.model) <= 4 * AT_RANK_2  # the page's target is 8
+
+
+def test_a_callback_that_is_added_later_must_be_told_of_the_model_to_resume(tmp_path):
+    def added_later(*, tells_of_the_model):
+        trainer, callback = trainer_of(tmp_path), DynLoraCallback(target_r=2)
         if tells_of_the_model:
-            callback.on_init_end(args, trainer.state, trainer.control, model=trainer.model)
-        return callback
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        trainer.add_callback(callback)
+        return trainer
 
-    trainer = trainer_of(folder)
-    trainer.add_callback(entry(trainer.args, trainer))
-    return trainer
-
-
-@pytest.mark.parametrize("tells_of_the_model", [False, True])
-def test_a_callback_that_is_added_later_must_be_told_of_the_model_to_resume(
-    tells_of_the_model, tmp_path
-):
-    first = added_later(tmp_path, tells_of_the_model=tells_of_the_model)
+    first = added_later(tells_of_the_model=True)
     first.train()
     assert trained(first.model) <= AT_RANK_2
-    again = added_later(tmp_path, tells_of_the_model=tells_of_the_model)
     checkpoint = str(tmp_path / f"checkpoint-{FREEZE + 2}")
-    if not tells_of_the_model:
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            again.train(resume_from_checkpoint=checkpoint)
-        return
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        added_later(tells_of_the_model=False).train(resume_from_checkpoint=checkpoint)
+    again = added_later(tells_of_the_model=True)
     again.train(resume_from_checkpoint=checkpoint)
     assert again.model.state_dict().keys() == first.model.state_dict().keys()
     assert trained(again.model) == trained(first.model)

@@ -12,6 +12,7 @@ from torch import nn
 from tiny_models import VOCABULARY, LayerKinds
 
 ROWS, LENGTH = 3, 6
+PICTURE = VOCABULARY - 1  # the token that stands for a part of a picture
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Species:
         adapter: LoraConfig fields beside the common ones.
         output: name of the output to compare.
         drift: how far two equal runs may end apart, relative to the largest weight.
+        is_slow: whether it lives among the slow tests only.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Species:
     adapter: dict[str, Any] = field(default_factory=dict)
     output: str = "logits"
     drift: float = 0.0
+    is_slow: bool = False
 
     def build(self) -> nn.Module:
         """The same model at every call."""
@@ -80,6 +83,12 @@ def pictures() -> dict[str, Any]:
 
 def captioned_pictures() -> dict[str, Any]:
     return {"input_ids": token_ids(), "pixel_values": pixels(), "return_loss": True}
+
+
+def text_with_pictures() -> dict[str, Any]:
+    """Each row begins with the four tokens of its picture."""
+    ids = torch.cat([torch.full((ROWS, 4), PICTURE), token_ids().clamp(max=PICTURE - 1)], dim=1)
+    return {"input_ids": ids, "pixel_values": pixels().unsqueeze(1), "labels": ids}
 
 
 def speech() -> dict[str, Any]:
@@ -264,5 +273,102 @@ ZOO = [
         text,
         {"target_modules": ["mha", "linear"]},
         drift=1e-4,  # PEFT adds ΔW to the base weights in each forward and subtracts it again
+    ),
+    Species(
+        "qwen3_moe",
+        hf.Qwen3MoeForCausalLM,
+        hf.Qwen3MoeConfig(
+            **DECODER, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12
+        ),
+        text,
+        CAUSAL | {"lora_dropout": 0.0},
+        is_slow=True,
+    ),
+    Species(
+        "gpt_oss",
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2, sliding_window=4),
+        text,
+        CAUSAL | {"lora_dropout": 0.0},
+        is_slow=True,
+    ),
+    Species(
+        "deepseek_v3",
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(
+            **ENCODER,
+            num_key_value_heads=2,
+            moe_intermediate_size=12,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+        ),
+        text,
+        CAUSAL | {"lora_dropout": 0.0},
+        is_slow=True,
+    ),
+    Species(
+        "mamba",
+        hf.MambaForCausalLM,
+        hf.MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            state_size=4,
+            num_hidden_layers=2,
+            time_step_rank=2,
+            use_cache=False,
+        ),
+        text,
+        CAUSAL | {"target_modules": ["in_proj", "x_proj"]},  # PEFT refuses out_proj
+        is_slow=True,
+    ),
+    Species(
+        "jamba_mamba_and_attention",
+        hf.JambaForCausalLM,
+        hf.JambaConfig(
+            **ENCODER,
+            num_key_value_heads=1,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=3,
+            mamba_d_state=4,
+            mamba_dt_rank=2,
+            use_mamba_kernels=False,
+            use_cache=False,
+            pad_token_id=0,
+        ),
+        text,
+        CAUSAL | {"target_modules": ["in_proj", "q_proj", "v_proj", "gate_proj", "down_proj"]},
+        is_slow=True,
+    ),
+    Species(
+        "smolvlm",
+        hf.SmolVLMForConditionalGeneration,
+        hf.SmolVLMConfig(
+            text_config={"model_type": "llama", **DECODER},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            image_token_id=PICTURE,
+            scale_factor=1,
+            use_cache=False,
+        ),
+        text_with_pictures,
+        is_slow=True,
     ),
 ]

@@ -12,7 +12,10 @@ from zoo import ZOO
 STEPS = 10
 BEFORE_FREEZE, AFTER_FREEZE = 3, 7
 
-in_the_zoo = pytest.mark.parametrize("species", ZOO, ids=lambda s: s.name)
+in_the_zoo = pytest.mark.parametrize(
+    "species",
+    [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.is_slow else []) for s in ZOO],
+)
 
 
 def fresh(species):

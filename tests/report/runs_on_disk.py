@@ -1,7 +1,5 @@
 """Histories as runs leave them."""
 
-import json
-
 from dynlora.history import HistoryFile
 
 KINDS = ["attention.self.query", "attention.output.dense", "output.dense"]
@@ -15,9 +13,7 @@ def names(layers):
     return [f"bert.encoder.layer.{i}.{kind}" for i in range(layers) for kind in KINDS]
 
 
-def write_run(
-    folder, *, layers=3, steps=100, every=5, init_r=6, record=None, unit="parameters", dem=False
-):
+def write_run(folder, *, layers=3, steps=100, every=5, init_r=6, unit="parameters"):
     """A history as a run of ``steps`` leaves it; each prune event takes one component of 10 parameters."""
     file = HistoryFile(folder)
     ranks = dict.fromkeys([*names(layers), "classifier"], init_r)
@@ -37,8 +33,7 @@ def write_run(
             ranks[live[step % len(live)]] -= 1
             file.append({"event": "prune", "step": step, "time": time, "ranks": dict(ranks), "cut": 1,
                          "revived": 0, "live": sum(ranks.values()), "cost": size * sum(ranks.values()),
-                         "importance_kept": [0.1, 0.2, 0.3, 0.4, 0.5], "importance_cut": None,
-                         **({"dem": 1 / step} if dem else {})})  # fmt: skip
+                         "importance_kept": [0.1, 0.2, 0.3, 0.4, 0.5], "importance_cut": None})  # fmt: skip
         file.append({"event": "log", "step": step, "time": time, "memory_bytes": memory,
                      "logs": {"loss": 2 / step, "learning_rate": 1e-3}})  # fmt: skip
         if step % 50 == 0:
@@ -47,6 +42,4 @@ def write_run(
                                   "eval_runtime": 3.0}})  # fmt: skip
     file.append({"event": "end", "step": steps, "time": 1000.0 + steps, "ranks": ranks,
                  "live": sum(ranks.values()), "is_frozen": True, "memory_bytes": memory})  # fmt: skip
-    if record:
-        (folder / "run.json").write_text(json.dumps(record))
     return folder

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dynlora.report.layout import group_by_stack, split_name
-from dynlora.report.rank_grid import STYLES, rank_grid, shade
+from dynlora.report.rank_map import group_by_stack, shade_of
+from dynlora.report.terminal import STYLES, rank_grid
 
 BERT_KINDS = [
     "attention.self.query",
@@ -101,7 +101,7 @@ def test_every_number_is_readable_without_colour():
 
 @pytest.mark.parametrize(("rank", "step"), [(0, 0), (1, 1), (3, 1), (4, 2), (12, 4), (40, 4)])
 def test_shades_are_quarters_of_the_initial_rank(rank, step):
-    assert shade(rank, init_r=12) == STYLES[step]
+    assert shade_of(rank, 12) == step
 
 
 def test_every_shade_sets_both_colours():
@@ -109,15 +109,7 @@ def test_every_shade_sets_both_colours():
 
 
 def test_a_trailing_number_is_no_layer():
-    assert split_name("features.0") is None
-    assert split_name("layers.0") is None
-
-
-def test_impossible_numbers_are_refused():
-    with pytest.raises(ValueError, match="init_r=0 must be at least 1"):
-        rank_grid({}, init_r=0)
-    with pytest.raises(ValueError, match=r"ranks\['a'\]=-1 must be 0 or more"):
-        rank_grid({"a": -1}, init_r=4)
+    assert group_by_stack({"features.0": 1}) == ([], {"features.0": 1})
 
 
 def test_no_modules_give_a_legend_only():

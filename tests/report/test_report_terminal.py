@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dynlora.history import HISTORY_FILE
 from dynlora.report.run import read_run
-from dynlora.report.terminal import live_view, report_view
+from dynlora.report.terminal import report_view
 from runs_on_disk import write_run
 
 
@@ -26,16 +26,16 @@ def run_with(folder, keep):
 
 
 def test_a_run_that_has_just_begun_shows_its_ranks_and_no_curve(tmp_path):
-    text = in_terminal(live_view(run_with(tmp_path, lambda e: e["event"] == "start"), width=80))
+    text = in_terminal(report_view([run_with(tmp_path, lambda e: e["event"] == "start")], width=80))
     assert "0 of 100 (0%)" in text
-    assert "60 components, mean rank 6" in text
+    assert "60 → 60" in text
     assert "loss" not in text
     assert "prunings" not in text
 
 
 def test_a_run_under_way_shows_its_last_measurement_and_its_prunings(tmp_path):
     run = run_with(tmp_path, lambda e: e["step"] <= 50)
-    text = in_terminal(live_view(run, width=80))
+    text = in_terminal(report_view([run], width=80))
     assert "50 of 100 (50%)" in text
     assert "loss" in text
     assert "accuracy" in text
@@ -46,11 +46,10 @@ def test_a_run_under_way_shows_its_last_measurement_and_its_prunings(tmp_path):
 def test_a_run_without_ranks_shows_its_numbers_alone(tmp_path):
     run = run_with(tmp_path, lambda e: e["event"] == "log")
     assert run.ranks == {}
-    text = in_terminal(live_view(run, width=80))
+    text = in_terminal(report_view([run], width=80))
     assert "100 of 100" in text
-    assert "loss" in text
-    assert "rank" not in text
-    assert "loss 2 → 0.02" in in_terminal(report_view([run], width=80))
+    assert "components" not in text
+    assert "loss 2 → 0.02" in text
 
 
 def test_a_report_of_a_run_that_logged_nothing_shows_its_ranks(tmp_path):

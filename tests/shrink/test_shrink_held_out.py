@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from doc_fences import fences
 from dynlora.cli.main import app
+from dynlora.errors import VerificationError
+from dynlora.export import models
 from dynlora.shrink import held_out, shrink_adapter
 from test_shrink import ALL, net, trained
 from tiny_classifier import SPECIAL, WORDS, save_encoder, save_texts, tiny_tokenizer
@@ -133,28 +135,27 @@ def held_out_limit():
 
 
 def test_sensitivity_is_what_a_finite_difference_of_sigma_says(language):
-    from dynlora.shrink.layout import Layout
+    from dynlora.adapter_files.updates import read
     from dynlora.shrink.rows import read_rows
-    from dynlora.shrink.source import read
-    from dynlora.shrink.spectrum import decompose
+    from dynlora.shrink.spectrum import Spectra, decompose
 
     adapter = read(language / "lora")
-    layout = Layout(adapter, [decompose(u) for u in adapter.updates])
+    modules = [decompose(update) for update in adapter.updates]
     rows = read_rows(language / "val.jsonl")
+    sizes = {"batch_size": len(rows.texts), "max_length": 32}
     held = held_out.HeldOut(
-        layout, str(language / "base"), rows, batch_size=len(rows.texts), max_length=32
+        Spectra(adapter, modules), language / "lora", str(language / "base"), rows, **sizes
     )
     found = held.sensitivity()
-    whole = [torch.ones(8, dtype=torch.bool)] * len(layout.spectra)
+    whole = [torch.ones(8, dtype=torch.bool)] * len(modules)
     tokens = sum(count for _, count in held._batches)
     for place in (0, 5):
-        step = 1e-2
-        columns = held._columns[place].clone()
+        step, sigma = 1e-2, modules[place].sigma.clone()
         losses = []
         for sign in (1, -1):
-            held._columns[place][:, 0] = columns[:, 0] * (1 + sign * step)
+            modules[place].sigma[:, 0] = sigma[:, 0] * (1 + sign * step)
             losses.append(held.loss(whole))
-        held._columns[place].copy_(columns)
+        modules[place].sigma.copy_(sigma)
         slope = abs(losses[0] - losses[1]) / (2 * step)
         assert float(found[place][0]) / tokens == pytest.approx(slope, rel=0.02, abs=1e-5)
 
@@ -212,9 +213,9 @@ def test_a_rule_of_energy_reports_losses_too(language):
     [
         ("val.txt", "text\na\n", r"must end with .csv or .jsonl"),
         ("val.csv", "text,label\n", r"holds no rows"),
-        ("val.csv", "sentence\na film\n", r"no text in row 1; its columns are \['sentence'\]"),
+        ("val.csv", "sentence\na film\n", r"no text in row 1: \{'sentence': 'a film'\}"),
         ("val.jsonl", "{\n", r"is not a jsonl file"),
-        ("val.jsonl", "[1]\n", r"line 1 is not an object"),
+        ("val.jsonl", "[1]\n", r"no text in row 1: \[1\]"),
         ("val.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"no label in row 2"),
         ("val.csv", "text\na film\n", r"needs a column 'label'"),
         ("val.csv", "text,label\na film,pos\n", r"label 'pos' in data is not a class"),
@@ -231,7 +232,7 @@ def test_wrong_data_is_named_with_its_rule(classifier, tmp_path, name, content, 
 
 def test_another_base_or_another_task_is_refused(language, classifier, tmp_path):
     trained(tiny_llama, tmp_path / "in", target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="was trained on another base"):
+    with pytest.raises(ValueError, match="does not fit on base=.*not the adapter.s base model"):
         shrink_adapter(tmp_path / "in", model=str(language / "base"), energy=0.9)
     trained(tiny_t5, tmp_path / "t5", target_modules=["q"], task_type="SEQ_2_SEQ_LM")
     with pytest.raises(ValueError, match="task_type 'SEQ_2_SEQ_LM' of the adapter has no loss"):
@@ -239,9 +240,9 @@ def test_another_base_or_another_task_is_refused(language, classifier, tmp_path)
 
 
 def test_outputs_that_differ_in_peft_are_refused_and_leave_nothing(language, tmp_path, monkeypatch):
-    monkeypatch.setattr(held_out, "VERIFY_TOLERANCE", -1.0)
+    monkeypatch.setattr(models, "TOLERANCE", -1.0)
     monkeypatch.setattr(torch, "finfo", lambda _: type("Info", (), {"eps": 0.0}))
-    with pytest.raises(RuntimeError, match="loaded with PEFT, outputs differ"):
+    with pytest.raises(RuntimeError, match="what was written, loaded again, differs"):
         shrink_adapter(
             language / "lora", tmp_path / "out", model=str(language / "base"), energy=0.9
         )
@@ -261,7 +262,7 @@ def test_the_command_prints_tables_in_80_columns_and_writes_nothing(language, tm
     assert ran.exit_code == 0, ran.stderr
     tables = [line for line in ran.stdout.splitlines() if str(language) not in line]
     assert max(map(len, tables)) <= 80
-    assert "model.layers.*.self_attn.q_proj" in ran.stdout.replace("\n", "")
+    assert "95.0%" in ran.stdout
     assert "Nothing was written" in ran.stdout
 
 
@@ -313,7 +314,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_a_failed_check_1(
     assert ran.stderr.count("\n") == 1
 
     def fail(*_):
-        raise RuntimeError("verification failed")
+        raise VerificationError("verification failed")
 
     monkeypatch.setattr("dynlora.shrink.shrink.verify", fail)
     ran = invoke("shrink", language / "lora", "--energy", "0.9", "--out", tmp_path / "out")

@@ -1,6 +1,7 @@
 """Opening an adapter folder: its config and the header of its weights, without torch."""
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from dynlora.adapter_files.format import (
     PICKLE_FILE,
     PRUNED,
     WEIGHTS_FILE,
+    by_module,
     group_of,
-    is_targeted,
+    parameters_of,
+    ranks_in_config,
 )
 from dynlora.errors import AdapterFileError
 from dynlora.history import HISTORY_FILE, read_history
@@ -88,6 +91,42 @@ def damaged(path: Path, error: object) -> str:
     )
 
 
+def fault(fields: Mapping[str, Any], header: Header) -> str:
+    """Why an adapter's weights cannot be those of its config, by names and shapes; "" if they can."""
+    modules, _ = by_module(header)
+    nested = Counter(group_of(name) for name in modules)
+    is_gated = fields.get("peft_type") == "DYNLORA"
+    for name, keys in modules.items():
+        if is_gated and not {"A", "B"} & keys.keys():  # it fell to rank 0 at the freeze
+            continue
+        if missing := sorted({"A", "B"} - keys.keys()):
+            return f"module {name!r} has no lora_{missing[0]}; the file is incomplete."
+        a, b = header[keys["A"]][0], header[keys["B"]][0]
+        if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
+            return (
+                f"module {name!r} has A of shape {a} and B of shape {b}: a grouped convolution, whose "
+                "components cannot be told apart, or a damaged file."
+            )
+        if is_gated:  # the two halves of an attention may differ, and the config names the larger
+            continue
+        group = group_of(name)
+        parameters = parameters_of(fields, group)
+        if parameters and len(parameters) != nested[group]:
+            return (
+                f"module {group!r} holds the adapters of {nested[group]} parameters, but "
+                f"target_parameters names {list(parameters)} there; config and weights are of two adapters."
+            )
+        ranks = ranks_in_config(fields, name)
+        rank = next(iter(ranks))
+        fits = len(ranks) == 1 and isinstance(rank, int) and rank > 0 and a[0] % rank == 0
+        if not fits or (a[0] != rank and not parameters):
+            return (
+                f"module {name!r} has rank {a[0]}, but {CONFIG_FILE} says {sorted(ranks)[0]} (r and "
+                "rank_pattern). PEFT cannot load it either; restore the config that was saved with it."
+            )
+    return ""
+
+
 def pruned_modules(
     folder: Path, fields: Mapping[str, Any], present: Collection[str]
 ) -> tuple[str, ...]:
@@ -95,7 +134,7 @@ def pruned_modules(
 
     What ``exclude_modules`` names may be the user's choice. Known is what the run's history beside the
     checkpoint, or in the folder above it, lists as adapted; what an export noted in the weights file;
-    what a gated config names with rank 0; and what ``target_modules`` names in full.
+    and what a gated config names with rank 0.
 
     Args:
         folder: of the adapter.
@@ -103,18 +142,18 @@ def pruned_modules(
         present: modules that have tensors.
     """
     groups = {group_of(name) for name in present}
-    known = set(_adapted_at_start(folder)) if groups else set()
+    known = set(_adapted_at_start(folder))
     if not groups <= {group_of(name) for name in known}:
         known = set()  # another run's history
-    known = {name for name in known if not _is_parameter(fields, name)}
-    known |= _noted(folder / WEIGHTS_FILE)
-    gated = fields.get("rank_pattern") if fields.get("peft_type") == "DYNLORA" else None
-    known |= {
-        key.removeprefix("^").replace("\\", "") for key, rank in (gated or {}).items() if rank == 0
-    }
-    targets = fields.get("target_modules")
-    named = targets if isinstance(targets, list) else []
-    known |= {name for name in named if _is_full(name, groups) and is_targeted(fields, name)}
+    targets = tuple(f".{target}" for target in fields.get("target_parameters") or ())
+    known = {
+        name for name in known if not f".{name}".endswith(targets)
+    }  # these modules stay adapted
+    with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+        known |= set(json.loads((file.metadata() or {}).get(PRUNED, "[]")))
+    if fields.get("peft_type") == "DYNLORA":
+        ranks = fields.get("rank_pattern") or {}
+        known |= {key.removeprefix("^").replace("\\", "") for key in ranks if ranks[key] == 0}
     return tuple(sorted({group_of(name) for name in known} - groups))
 
 
@@ -125,22 +164,3 @@ def _adapted_at_start(folder: Path) -> list[str]:
             starts = [e for e in read_history(place) if e["event"] == "start" and e.get("ranks")]
             return list(starts[0]["ranks"]) if starts else []
     return []
-
-
-def _noted(file: Path) -> set[str]:
-    with safe_open(file, framework="np") as opened:
-        noted = json.loads((opened.metadata() or {}).get(PRUNED, "[]"))
-    return set(noted) if isinstance(noted, list) else set()
-
-
-def _is_parameter(fields: Mapping[str, Any], name: str) -> bool:
-    """Whether the name is that of an adapted parameter, whose module always stays adapted."""
-    targets = fields.get("target_parameters") or ()
-    return any(f".{name}".endswith(f".{target}") for target in targets)
-
-
-def _is_full(name: str, groups: Collection[str]) -> bool:
-    """Whether a target is a module's whole name: it begins as the adapted modules' names do."""
-    return any(name.split(".")[0] == group.split(".")[0] for group in groups) and not any(
-        f".{group}".endswith(f".{name}") and group != name for group in groups
-    )

@@ -66,6 +66,18 @@ def parse_key(key: str) -> FactorKey | None:
     return FactorKey(match["module"], _PARTS[match["part"]], match["part"].startswith("embedding_"))
 
 
+def by_module(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Keys by module and part, in the order of the modules' names, and keys that belong to none."""
+    modules: dict[str, dict[str, str]] = {}
+    others = []
+    for key in keys:
+        if (parsed := parse_key(key)) is None:
+            others.append(key)
+        else:
+            modules.setdefault(parsed.module, {})[parsed.part] = key
+    return dict(sorted(modules.items())), others
+
+
 def factor_key(module: str, part: str, *, is_embedding: bool = False) -> str:
     """The key of a module's A or B.
 
@@ -132,6 +144,13 @@ def parameters_of(fields: Mapping[str, Any], group: str) -> tuple[str, ...]:
 def ranks_in_config(fields: Mapping[str, Any], module: str) -> set[int]:
     """Ranks that the config gives a module: one, or one for each of its adapted parameters."""
     return {rank for rank, _ in _ranks_and_alphas(fields, module)}
+
+
+def num_experts(fields: Mapping[str, Any], module: str, rows: int) -> int:
+    """Experts that share one pair of factors: rows of A over the config's rank; 1 for other layers."""
+    if not parameters_of(fields, group_of(module)):
+        return 1
+    return max(1, rows // max(1, *ranks_in_config(fields, module)))
 
 
 def scaling_of(fields: Mapping[str, Any], module: str) -> float:

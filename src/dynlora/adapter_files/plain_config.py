@@ -1,4 +1,4 @@
-"""The LoraConfig fields of an adapter at other ranks: patterns by module, pruned modules left out."""
+"""The config of an adapter at other ranks: as fields, and as Python to be pasted."""
 
 import re
 from collections import Counter
@@ -89,9 +89,10 @@ def _target_fields(
     candidates: list[dict[str, Any]] = []
     if not alive:  # bare parameters only; None would let PEFT pick modules by the architecture
         return {"target_modules": [], "exclude_modules": None, **every_layer} if dead else {}
-    if not dead and _fits(fields, alive, dead) and not (lists_only and _is_str(targets)):
+    keeps_targets = not (lists_only and isinstance(targets, str))
+    if not dead and keeps_targets and _fits(fields, alive, dead):
         return {}
-    if not isinstance(excluded, str) and not (lists_only and _is_str(targets)):
+    if keeps_targets and not isinstance(excluded, str):
         unused = sorted({*(n for n in excluded or () if n not in alive), *dead}) or None
         candidates.append({"target_modules": targets, "exclude_modules": unused, **layers})
     candidates.append(
@@ -104,11 +105,46 @@ def _target_fields(
     return {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **every_layer}
 
 
-def _is_str(targets: object) -> bool:
-    return isinstance(targets, str)
-
-
 def _fits(fields: Mapping[str, Any], alive: Iterable[str], dead: Iterable[str]) -> bool:
     return all(is_targeted(fields, n) for n in alive) and not any(
         is_targeted(fields, n) for n in dead
     )
+
+
+_FILLED_IN = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config",
+})  # fmt: skip
+"""Fields of LoraConfig that PEFT fills in by itself."""
+
+
+def as_python(fields: Mapping[str, Any]) -> str:
+    """``LoraConfig(...)`` with one argument a line, to be pasted; without what PEFT fills in or assumes.
+
+    >>> print(as_python({"r": 4, "target_modules": ["q"], "rank_pattern": {"q": 2}, "eva_config": None}))
+    LoraConfig(
+        r=4,
+        target_modules=['q'],
+        rank_pattern={
+            'q': 2,
+        },
+    )
+    """
+    names = sorted(fields, key=lambda name: name not in {"task_type", "r", "lora_alpha"})
+    assumed = {"use_rslora": False, "init_lora_weights": True}
+    lines = [
+        f"    {name}={_literal(fields[name])},"
+        for name in names
+        if name not in _FILLED_IN
+        and fields[name] not in (None, {}, [])
+        and assumed.get(name) is not fields[name]
+    ]
+    return "\n".join(["LoraConfig(", *lines, ")"])
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return "\n".join(["{", *(f"        {k!r}: {v!r}," for k, v in value.items()), "    }"])
+    if isinstance(value, list) and len(repr(value)) > 50:
+        return "\n".join(["[", *(f"        {v!r}," for v in value), "    ]"])
+    return repr(value)

@@ -49,7 +49,7 @@ def check_state(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
     _check_form(state, contract)
     for name, value in contract.items():
         if name == "modules":
-            _check_modules(state[name], value)
+            _check_modules(state[name], value, is_frozen=state["is_frozen"])
         elif state[name] != value:
             raise ValueError(
                 f"{name}={value!r} differs from the interrupted run's {state[name]!r}: the schedule or "
@@ -113,12 +113,20 @@ def _check_form(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
         )
 
 
-def _check_modules(saved: Mapping[str, float | None], present: Mapping[str, float | None]) -> None:
+def _check_modules(
+    saved: Mapping[str, float | None], present: Mapping[str, float | None], *, is_frozen: bool
+) -> None:
     gone, new = sorted(saved.keys() - present.keys()), sorted(present.keys() - saved.keys())
     if gone or new:
+        way_out = "Resume with the same base model and target_modules."
+        if is_frozen and not new:
+            way_out += (
+                " If the adapter was loaded from the checkpoint before, as ms-swift does, it has its final "
+                "ranks already: resume without dynlora."
+            )
         raise ValueError(
             f"modules differ from the interrupted run's: adapted only there are {gone[:3]}, only here "
-            f"{new[:3]}. Resume with the same base model and target_modules."
+            f"{new[:3]}. {way_out}"
         )
     for name, scaling in present.items():
         was = saved[name]

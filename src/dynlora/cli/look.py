@@ -1,206 +1,137 @@
-"""``dynlora export``, ``inspect``, ``report`` and ``watch``: what comes out of a run."""
+"""``dynlora inspect``, ``report`` and ``watch``: their options, and what they print."""
 
+import contextlib
 import dataclasses
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dynlora.cli.terminal import FAILED, USER_MISTAKE, print_error, report_error
+from dynlora.cli.terminal import Json, flag, guarded, print_json
 
-VERIFY_TOLERANCE = 1e-4  # of the largest output, in fp32; a wrong scale is off by far more
-
-
-def guarded(action: Callable[[], int], *, debug: bool) -> int:
-    """Run a command; a user's mistake is one line on stderr and exit code 2."""
-    try:
-        return action()
-    except ModuleNotFoundError as error:
-        if debug:
-            raise
-        print_error(f"this needs {error.name}; pip install 'dynlora[report]'")
-        return USER_MISTAKE
-    except (ValueError, OSError) as error:
-        return report_error(error, code=USER_MISTAKE, debug=debug)
+if TYPE_CHECKING:
+    from dynlora.report.inspection import AdapterFacts
 
 
-def export(
-    adapter: Path,
-    *,
-    to: str,
-    output: Path | None,
-    pad_to: str,
-    dtype: str | None,
-    base: str | None,
-    model_class: str | None,
-    verify: bool,
-    as_json: bool,
-) -> int:
-    """Write an adapter in another form; 1 if verification finds a difference."""
-    import torch
+@guarded
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
+    as_json: Json = False,
+) -> None:
+    """Say what an adapter holds, whoever trained it, and what can serve it.
 
-    from dynlora.cli.terminal import quiet_libraries
-    from dynlora.export import export_adapter
+    Reads its config and the header of its weights; no base model. How much
+    smaller it could be: dynlora shrink ADAPTER
 
-    if pad_to != "auto" and not pad_to.isdigit():
-        raise ValueError(f"--pad-to {pad_to!r} must be a rank such as 8, 16, 32, 64, or 'auto'.")
-    folder = output or adapter.with_name(f"{adapter.resolve().name}-{to}")
-    verb = "Wrote over" if folder.is_dir() and any(folder.iterdir()) else "Wrote"
-    try:
-        with quiet_libraries():
-            done = export_adapter(
-                adapter,
-                folder,
-                to=to,  # type: ignore[arg-type]  # typer has checked it
-                pad_to=None if pad_to == "auto" else int(pad_to),
-                dtype=getattr(torch, dtype) if dtype else None,
-                base=base,
-                model_class=model_class,
-                verify=verify,
-            )
-    except RuntimeError as error:
-        print_error(f"check failed: {error}")
-        return FAILED
-    if as_json:
-        print_json(dataclasses.asdict(done))
-    else:
-        Console().print(Text("\n".join(_export_lines(done, verb))))
-    limit = VERIFY_TOLERANCE * (done.max_output or 0)
-    if to != "merged" and done.max_difference is not None and not done.max_difference <= limit:
-        print_error(f"check failed: outputs differ by {done.max_difference:.2g}")
-        return FAILED
-    return 0
+    For instance: dynlora inspect out
+    dynlora inspect some-lora --json
 
-
-def _export_lines(done: Any, verb: str) -> list[str]:
-    from dynlora.report.inspection import inspect_adapter
-
-    sizes = f"{_megabytes(done.source_bytes)} -> {_megabytes(done.num_bytes)}"
-    padding = f", every module padded to rank {done.max_rank}" if done.form == "uniform" else ""
-    lines = [f"{verb} {done.folder}: {done.form}, {sizes}{padding}"]
-    if done.form == "ragged":
-        lines.append(f"{done.modules} modules, ranks up to {done.max_rank}")
-        if done.pruned_modules:
-            lines.append(f"{done.pruned_modules} modules of rank 0 are left out")
-    if done.max_difference is not None:
-        lines.append(
-            f"Against the source: max |Δ outputs| {done.max_difference:.2g}, of outputs up to "
-            f"{done.max_output:.3g}"
-        )
-    lines += [done.note] if done.note else []
-    if done.form != "merged":
-        facts = inspect_adapter(done.folder)
-        lines += [f"Served by {', '.join(facts.served_by)}", *filter(None, [facts.note])]
-    return lines
-
-
-def _megabytes(num_bytes: int) -> str:
-    """Bytes for people.
-
-    >>> _megabytes(512), _megabytes(81_000), _megabytes(8_100_000)
-    ('512 bytes', '81 kB', '8.1 MB')
+    Exit code: 0 done, 2 no adapter there, or a damaged one.
     """
-    if num_bytes < 1000:
-        return f"{num_bytes} bytes"
-    return f"{num_bytes / 1e3:.3g} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.3g} MB"
-
-
-def inspect(path: Path, *, effective: bool, as_json: bool) -> int:
-    """Say what an adapter folder holds."""
     from dynlora.report.inspection import inspect_adapter
 
-    facts = inspect_adapter(path, effective=effective)
+    facts = inspect_adapter(adapter)
     if as_json:
         print_json(dataclasses.asdict(facts))
     else:
         console = Console()
         console.print(_facts_view(facts, width=console.width))
-    return 0
 
 
+@guarded
 def report(
-    runs: Sequence[Path],
-    *,
-    output: Path | None,
-    picture: Path | None,
-    terminal_only: bool,
-    as_json: bool,
-) -> int:
-    """Write the page, and print figures and ranks."""
-    from dynlora.report.page import summary_row, write_page
-    from dynlora.report.picture import write_picture
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Folders of one or more runs.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page.", show_default="report.html in RUN"),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also the rank map, as .png or .svg.")
+    ] = None,
+    terminal_only: Annotated[bool, flag("--terminal", "Print only, write no page.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what runs did: ranks over time, budget, importance, loss.
+
+    Writes one HTML file that loads nothing, and prints figures and final
+    ranks. Several runs are compared (report.html is written here then).
+
+    For instance: dynlora report out
+    dynlora report runs/seed1 runs/seed2 --picture ranks.svg
+
+    Exit code: 0 done, 2 no run there, or a damaged one.
+    """
+    from dynlora.report.conclusion import summary_row
     from dynlora.report.run import read_runs
     from dynlora.report.terminal import report_view
 
     loaded = read_runs(runs)
-    written: list[str] = []
+    written: list[Path] = []
     if not terminal_only:
+        from dynlora.report.page import write_page
+
         place = output or (loaded[0].folder if len(loaded) == 1 else Path()) / "report.html"
-        written.append(str(write_page(loaded, place, version=version("dynlora"))))
+        written.append(write_page(loaded, place, version=version("dynlora")))
     if picture is not None:
+        from dynlora.report.charts import write_picture
+
         for run in loaded:
-            name = picture if len(loaded) == 1 else picture.with_stem(
-                f"{picture.stem}-{run.name.replace('/', '-')}"
-            )  # fmt: skip
-            written.append(str(write_picture(run, name)))
+            suffix = "" if len(loaded) == 1 else f"-{run.name.replace('/', '-')}"
+            written.append(write_picture(run, picture.with_stem(picture.stem + suffix)))
     if as_json:
         rows = [summary_row(run) | {"ranks": run.ranks} for run in loaded]
-        print_json({"runs": rows, "written": written})
-        return 0
+        print_json({"runs": rows, "written": [str(path) for path in written]})
+        return
     console = Console()
     console.print(report_view(loaded, width=console.width))
     for path in written:
         console.print(Text(f"Wrote {path}"))
-    return 0
 
 
-def watch(run: Path, *, every: float, once: bool) -> int:
-    """Follow a run until it ends or Ctrl-C."""
-    from dynlora.report.run import Run, read_run
-    from dynlora.report.terminal import live_view
+@guarded
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.01, help="Time between two looks.")
+    ] = 2,
+    once: Annotated[bool, flag("--once", "Print once and end.")] = False,
+) -> None:
+    """Follow a run in the terminal until it ends, or Ctrl-C.
 
-    if every <= 0:
-        raise ValueError(f"--every {every} must be above 0, in seconds.")
+    For instance: dynlora watch out
+
+    Exit code: 0 the run ended or Ctrl-C, 2 no run there.
+    """
+    from dynlora.report.run import read_run
+    from dynlora.report.terminal import report_view
+
     console = Console()
-
-    def look() -> tuple[Run, RenderableType]:
-        state = read_run(run)
-        return state, live_view(state, width=console.width)
-
-    state, view = look()
+    run = read_run(folder)
     if once:
-        console.print(view)
-        return 0
-    try:
-        with Live(view, console=console, auto_refresh=False) as live:
-            while not state.is_finished:
-                time.sleep(every)
-                state, view = look()
-                live.update(view, refresh=True)
-    except KeyboardInterrupt:
-        return 0
-    return 0
+        console.print(report_view([run], width=console.width))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        live.update(report_view([run], width=console.width), refresh=True)
+        while not run.is_finished:
+            time.sleep(every)
+            run = read_run(folder)
+            live.update(report_view([run], width=console.width), refresh=True)
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
-
-
-def _facts_view(facts: Any, *, width: int) -> RenderableType:
-    from dynlora.report.rank_grid import rank_grid
+def _facts_view(facts: "AdapterFacts", *, width: int) -> RenderableType:
+    from dynlora.report.terminal import rank_grid
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
-    total = sum(facts.ranks.values())
     table.add_row("adapter", f"{facts.kind}, {facts.folder}")
     table.add_row("base model", facts.base_model or "not named")
     if facts.target_r is not None:
@@ -213,19 +144,9 @@ def _facts_view(facts: Any, *, width: int) -> RenderableType:
     table.add_row("served by", ", ".join(facts.served_by) or "nothing as it is")
     if facts.note:
         table.add_row("", facts.note)
-    for size in facts.sizes:
-        table.add_row(
-            f"{size.share * 100:.0f} % of energy", f"{size.num_parameters:,} parameters "
-            f"({100 * size.num_parameters / max(1, facts.num_parameters):.0f} %), "
-            f"{size.components:,} of {total:,} components",
-        )  # fmt: skip
-    if facts.sizes:
-        table.add_row("", "energy is Σσ² over the model, not loss: dynlora shrink measures that")
-    shown = facts.effective_ranks or facts.ranks
     largest = max([1, facts.init_r or 0, *facts.ranks.values()])
     of = "at most" if facts.init_r is None else "at the start"
-    title = Text("ranks that hold 95 % of the energy", style="dim") if facts.sizes else Text()
-    return Group(table, title, rank_grid(shown, init_r=largest, width=width, of=of))
+    return Group(table, Text(), rank_grid(facts.ranks, init_r=largest, width=width, of=of))
 
 
 def _rank_spread(ranks: Sequence[int]) -> str:

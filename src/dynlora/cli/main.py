@@ -10,9 +10,10 @@ except ModuleNotFoundError as missing:
         f"dynlora: the command line needs {missing.name}; pip install 'dynlora[cli]'"
     ) from None
 
-from dynlora.cli.look_options import register
+from dynlora.cli.export import export
+from dynlora.cli.look import inspect, report, watch
 from dynlora.cli.shrink import shrink
-from dynlora.cli.terminal import quiet_imports
+from dynlora.cli.terminal import flag, quiet_imports
 from dynlora.cli.verbs import Verbs
 
 app = typer.Typer(
@@ -31,9 +32,7 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[
-        bool, typer.Option("--version", metavar="", help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, flag("--version", "Print the version and exit.")] = False,
 ) -> None:
     """Make LoRA adapters as small as they can be (DoRA, ACL 2024).
 
@@ -48,5 +47,5 @@ def root(
         raise typer.Exit
 
 
-register(app)
-app.command()(shrink)
+for verb in (export, inspect, report, watch, shrink):
+    app.command()(verb)

@@ -1,21 +1,21 @@
 """``dynlora shrink``: its options, and what it prints."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dynlora.cli.look import guarded
-from dynlora.cli.terminal import FAILED, report_error
+from dynlora.cli.terminal import flag, guarded, quiet_libraries
 
 if TYPE_CHECKING:
     from dynlora.shrink import ShrinkReport
 
 
-def shrink(  # long: an option is four lines, and nothing else is here
+@guarded
+def shrink(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished LoRA.")],
     out: Annotated[
         Path | None,
@@ -25,7 +25,7 @@ def shrink(  # long: an option is four lines, and nothing else is here
         float | None, typer.Option(metavar="X", help="Share of the spectral energy to keep: 0.95.")
     ] = None,
     per_module: Annotated[
-        bool, typer.Option("--per-module", metavar="", help="That share in each module by itself.")
+        bool, flag("--per-module", "That share in each module by itself.")
     ] = False,
     method: Annotated[
         Literal["sv_ratio", "sv_fro", "sv_cumulative"] | None,
@@ -49,14 +49,9 @@ def shrink(  # long: an option is four lines, and nothing else is here
         float | None,
         typer.Option(metavar="X", help="Rise of the loss that is accepted.", show_default="0.01"),
     ] = None,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", metavar="", help="One rank everywhere, padded with zeros.")
-    ] = False,
+    uniform: Annotated[bool, flag("--uniform", "One rank everywhere, padded with zeros.")] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in a batch.")] = 8,
     max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a text.")] = 512,
-    debug: Annotated[
-        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
-    ] = False,
 ) -> None:
     """Make a finished LoRA smaller without training.
 
@@ -70,39 +65,28 @@ def shrink(  # long: an option is four lines, and nothing else is here
 
     Exit code: 0 done, 1 verification failed, 2 wrong usage.
     """
-    options = {
-        "energy": energy, "per_module": per_module, "method": method, "value": value,
-        "mean_rank": mean_rank, "size_mb": size_mb, "model": model, "data": data,
-        "tolerance": tolerance, "uniform": uniform, "batch_size": batch_size,
-        "max_length": max_length,
-    }  # fmt: skip
-    raise typer.Exit(guarded(lambda: _run(folder, out, options=options, debug=debug), debug=debug))
-
-
-def _run(folder: Path, out: Path | None, *, options: dict[str, Any], debug: bool) -> int:
-    from dynlora.cli.terminal import quiet_libraries
     from dynlora.shrink import shrink_adapter
 
-    try:
-        with quiet_libraries():
-            done = shrink_adapter(folder, out, **options)
-    except RuntimeError as error:
-        return report_error(error, code=FAILED, debug=debug)
+    with quiet_libraries():
+        done = shrink_adapter(
+            folder, out, energy=energy, per_module=per_module, method=method, value=value,
+            mean_rank=mean_rank, size_mb=size_mb, model=model, data=data, tolerance=tolerance,
+            uniform=uniform, batch_size=batch_size, max_length=max_length,
+        )  # fmt: skip
     console = Console()
     if done.after is None:
         console.print(_tables(done))
-        return 0
+        return
     if done.points:
         console.print(_loss_table(done))
     console.print(Text(done.conclusion))
-    console.print(Text(_details(done, uniform=options["uniform"])))
+    console.print(Text(_details(done, uniform=uniform)))
     if done.config is not None:
         typer.echo(f"\n{done.config_source}")
-    return 0
 
 
 def _tables(done: "ShrinkReport") -> RenderableType:
-    """Size against energy, and the spectra by kind of module."""
+    """Size against energy."""
     before = done.before
     sizes = Table("energy", "MB", "of the file", "mean rank", "largest", "at rank 0", box=None)
     for share, size in done.energies:
@@ -117,22 +101,12 @@ def _tables(done: "ShrinkReport") -> RenderableType:
             str(rank), f"{size.num_bytes / 1e6:.3g}",
             f"{size.num_bytes / before.num_bytes:.0%}", f"{size.energy:.1%}",
         )  # fmt: skip
-    spectra = Table(box=None)
-    spectra.add_column("modules", overflow="fold")
-    for name in ("number", "rank", "energy", "for 95 %", "spectral norm"):
-        spectra.add_column(name, no_wrap=True)
-    for kind in done.kinds:
-        low, high = kind.largest
-        spectra.add_row(
-            kind.name, str(kind.modules), _range(*kind.ranks), f"{kind.energy:.1%}",
-            _range(*kind.needed), f"{low:.3g} to {high:.3g}",
-        )  # fmt: skip
     head = Text(
         f"{done.folder}: {before.num_bytes:,} bytes, {before.parameters:,} parameters, mean rank "
         f"{before.mean_rank:.3g}; decomposed in {done.seconds[0]:.1f} s\n"
     )
     last = Text("\nNothing was written: name a rule and --out, as --energy 0.95 --out DIR.")
-    return Group(head, sizes, Text(), equal, Text(), spectra, last)
+    return Group(head, sizes, Text(), equal, last)
 
 
 def _loss_table(done: "ShrinkReport") -> RenderableType:
@@ -171,7 +145,3 @@ def _details(done: "ShrinkReport", *, uniform: bool) -> str:
     if done.output_difference is not None:
         checks += f", outputs in PEFT within {done.output_difference:.1g}"
     return f"Wrote {done.out}: {text}\nVerified: {checks}"
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} to {high}"

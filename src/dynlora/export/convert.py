@@ -1,5 +1,6 @@
 """From an adapter folder to what a consumer reads: ragged, uniform or merged."""
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -7,18 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from dynlora.adapter_files.folder import checked_source, read_config
 from dynlora.adapter_files.format import CONFIG_FILE, WEIGHTS_FILE
-from dynlora.adapter_files.updates import Adapter, read, refuse_rewriting_start
-from dynlora.export import models
-from dynlora.export.folder import checked_folder, write_adapter
-from dynlora.export.forms import ragged, uniform
+from dynlora.adapter_files.updates import Adapter, Update, read
+from dynlora.adapter_files.write import plain, write_adapter
 from dynlora.export.merge import write_merged
+from dynlora.export.models import BaseModel, agreement, outputs, zero_updates
+from dynlora.export.plain import checked_folder
+from dynlora.files import whole_folder
 
 Form = Literal["ragged", "uniform", "merged"]
+
+PAD_STEPS = (8, 16, 32, 64, 128, 256, 512)
+"""Ranks that servers with one rank an adapter take (vLLM's list of allowed maximum ranks, without 1
+and 320; LoRAX and TGI want multiples of 8)."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,12 @@ class Export:
     Attributes:
         folder: where.
         form: ragged, uniform or merged.
+        source_bytes, num_bytes: of config and weights that were read, and of all files written.
+        seconds: wall time.
         modules: adapted modules with at least one component; None for merged.
         pruned_modules: modules of rank 0, as far as they are known; None for merged.
         max_rank: largest rank that is written; None for merged.
         num_parameters: of the LoRA, without heads, zeros of padding included; None for merged.
-        source_bytes, num_bytes: of config and weights that were read, and of all files written.
-        seconds: wall time.
         max_difference: of outputs against the source; None if not verified.
         max_output: largest absolute output of the source, which the difference is to be seen against.
         note: what else is to be known; empty if nothing.
@@ -41,13 +46,13 @@ class Export:
 
     folder: str
     form: Form
-    modules: int | None
-    pruned_modules: int | None
-    max_rank: int | None
-    num_parameters: int | None
     source_bytes: int
     num_bytes: int
     seconds: float
+    modules: int | None = None
+    pruned_modules: int | None = None
+    max_rank: int | None = None
+    num_parameters: int | None = None
     max_difference: float | None = None
     max_output: float | None = None
     note: str = ""
@@ -76,15 +81,15 @@ def export_adapter(
         dtype: of what is written; None keeps the source's, or the base's.
         base: folder or hub id of the base model; the one that the adapter names, if not given.
         model_class: of transformers, which loads the base; found from task and config if not given.
-        verify: whether to load source and export and compare their outputs on made-up inputs. A merged
-            model is always verified.
+        verify: whether to load source and export and compare their outputs on made-up inputs before the
+            folder gets its name. A merged model is always verified.
 
     Raises:
         ValueError: source and output are one folder, the source cannot be exported, or an option does
             not belong to the form.
         FileNotFoundError: the source, or the base model that is needed, is not there.
         NotADirectoryError: ``output`` is a file.
-        RuntimeError: a merged model does not compute what the adapter on its base does.
+        VerificationError: what was written does not compute what the source does.
     """
     start = time.perf_counter()
     folder, source = checked_folder(output), checked_source(Path(source))
@@ -92,26 +97,12 @@ def export_adapter(
         raise ValueError(f"output={str(output)!r} is the source; name another folder.")
     if pad_to is not None and to != "uniform":
         raise ValueError(f"pad_to={pad_to} belongs to the form uniform, not to {to}.")
-    base = base or read_config(source).get("base_model_name_or_path")
-    facts: dict[str, Any] = dict.fromkeys(
-        ("modules", "pruned_modules", "max_rank", "num_parameters")
-    )
+    stored = read_config(source)
+    model = BaseModel(base or stored.get("base_model_name_or_path"), stored, model_class)
     if to == "merged":
-        done = write_merged(source, _named(base), folder, dtype=dtype, class_name=model_class)
-        facts |= vars(done)
+        facts = write_merged(source, model, folder, dtype=dtype)
     else:
-        adapter = read(source)
-        refuse_rewriting_start(adapter)
-        if to == "ragged":
-            config, tensors, left_out = ragged(adapter)
-        else:
-            pruned = models.zero_updates(adapter, base, model_class)
-            config, tensors, left_out = uniform(adapter, pruned, rank=pad_to)
-        write_adapter(folder, config, {k: _as(t, dtype) for k, t in tensors.items()}, left_out)
-        facts |= _figures(adapter, config, tensors)
-        if verify:
-            difference, largest = _compared(adapter, folder, _named(base), model_class)
-            facts |= {"max_difference": difference, "max_output": largest}
+        facts = _write_lora(source, model, folder, rank=pad_to, form=to, dtype=dtype, verify=verify)
     return Export(
         folder=str(folder),
         form=to,
@@ -122,45 +113,60 @@ def export_adapter(
     )
 
 
-def _named(base: str | None) -> str:
-    if not base:
-        raise ValueError(
-            "the adapter does not name its base model; give its folder as base (--base)."
-        )
-    return base
-
-
-def _figures(
-    adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    factors = {key: t for key, t in tensors.items() if ".lora_" in key}
-    written = sum("lora_A" in key or "lora_embedding_A" in key for key in factors)
-    adapted = {*(u.name for u in adapter.updates), *adapter.pruned}
-    live = sum(bool(u.contributing().any()) for u in adapter.updates)
-    return {
-        "modules": written,
-        "pruned_modules": len(adapted) - live,
-        "max_rank": config["r"],
-        "num_parameters": sum(t.numel() for t in factors.values()),
+def _write_lora(
+    source: Path, model: BaseModel, folder: Path, *,
+    form: Form, rank: int | None, dtype: torch.dtype | None, verify: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Write one of the two forms of a plain LoRA; figures by their name in ``Export``."""
+    adapter = read(source)
+    if form == "ragged":
+        written = adapter.without_zeros()
+    else:
+        written = _uniform(adapter, zero_updates(adapter, model), rank=rank)
+    written = written.unscaled()
+    fields, tensors = plain(written, lists_only=form == "uniform")
+    facts: dict[str, Any] = {}
+    with whole_folder(folder) as temporary:
+        tensors = {key: _as(tensor, dtype) for key, tensor in tensors.items()}
+        write_adapter(temporary, fields, tensors, written.pruned)
+        if verify:
+            expected, found = (outputs(model.adapted(f)) for f in (source, temporary))
+            facts |= agreement(expected, found, dtype or torch.float32)
+    live = sum(bool(update.contributing().any()) for update in adapter.updates)
+    known = {*(update.name for update in adapter.updates), *adapter.pruned}
+    return facts | {
+        "modules": len(written.updates),
+        "pruned_modules": len(known) - live,
+        "max_rank": fields["r"],
+        "num_parameters": sum(u.a.numel() + u.b.numel() for u in written.updates),
     }
+
+
+def _uniform(adapter: Adapter, pruned: dict[str, Update], *, rank: int | None) -> Adapter:
+    """All modules with one rank; zeros fill up, in those of ``adapter.pruned`` too."""
+    live = adapter.without_zeros()
+    largest = max(update.rank for update in live.updates)
+    rank = padded_rank(largest) if rank is None else rank
+    if rank < largest:
+        raise ValueError(
+            f"pad_to={rank} is below the largest rank of the adapter, {largest}: padding only adds zero "
+            f"components. Take {padded_rank(largest)}, or leave it out."
+        )
+    by_name = {u.name: u.taken(torch.arange(0)) for u in adapter.updates} | pruned
+    by_name |= {u.name: u for u in live.updates}
+    updates = tuple(by_name[name].padded(rank) for name in sorted(by_name))
+    return dataclasses.replace(live, updates=updates, pruned=())
+
+
+def padded_rank(largest: int) -> int:
+    """The next of ``PAD_STEPS`` that holds ``largest``; beyond them the next multiple of 64.
+
+    >>> [padded_rank(r) for r in (1, 8, 9, 600)]
+    [8, 8, 16, 640]
+    """
+    return next((step for step in PAD_STEPS if step >= largest), -(-largest // 64) * 64)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     cast = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
     return cast.contiguous()
-
-
-def _compared(
-    adapter: Adapter, exported: Path, base: str, class_name: str | None
-) -> tuple[float, float]:
-    """Largest difference of the outputs of source and export on the base in fp32, and largest output."""
-    config = models.base_config(base)
-    build = models.model_class(adapter.stored, config, class_name)
-    options = models.label_options({k: tuple(t.shape) for k, t in adapter.others.items()}, config)
-
-    def loaded(folder: Path) -> Tensor:
-        model = build.from_pretrained(base, dtype=torch.float32, **options)
-        return models.outputs(PeftModel.from_pretrained(model, str(folder)))
-
-    expected = loaded(adapter.folder)
-    return float((loaded(exported) - expected).abs().max()), float(expected.abs().max())

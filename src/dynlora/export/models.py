@@ -1,7 +1,11 @@
 """Base models as transformers loads them, and their outputs on made-up inputs."""
 
 import importlib
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +13,14 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from dynlora.adapter_files.format import parse_key
+import dynlora.gated  # noqa: F401  # lets PEFT load checkpoints with gates
+from dynlora.adapter_files.folder import read_header
+from dynlora.adapter_files.format import WEIGHTS_FILE, by_module
 from dynlora.adapter_files.updates import Adapter, Update
+from dynlora.errors import VerificationError
+
+TOLERANCE = 1e-4
+"""Of the largest output, in fp32: sums in another order differ by less, a wrong scale by far more."""
 
 _BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -27,110 +37,121 @@ _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """What the names of heads end with whose rows are a classifier's labels."""
 
 
-def model_class(fields: Mapping[str, Any], config: Any, name: str | None = None) -> Any:
-    """The class of transformers that loads an adapter's base model.
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an adapter was trained on.
 
-    Args:
+    Attributes:
+        name: its folder or hub id; None if nobody says it.
         fields: of the adapter's config.
-        config: of the base model.
-        name: of the class, if the user says it.
-
-    Raises:
-        ValueError: transformers has no class of that name.
+        class_name: of transformers, which loads it; None finds it from task and config.
     """
-    mapping = fields.get("auto_mapping") or {}
-    library = str(mapping.get("parent_library", "transformers"))
-    holder: Any = transformers
-    if name is None:
-        name = mapping.get("base_model_class") or _BY_TASK.get(str(fields.get("task_type")))
-        if mapping and library.startswith("transformers"):
-            holder = importlib.import_module(library)
-    if name is None:
-        name = next(
-            (n for n in config.architectures or () if hasattr(transformers, n)), "AutoModel"
-        )
-    found = getattr(holder, name, None)
-    if found is None:
-        raise ValueError(
-            f"model_class={name!r} is not a class of transformers: name the one that loads the base model, "
-            "such as AutoModelForCausalLM."
-        )
-    return found
+
+    name: str | None
+    fields: Mapping[str, Any]
+    class_name: str | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """Its config."""
+        if not self.name:
+            raise ValueError(
+                "the adapter does not name its base model; give its folder as base (--base)."
+            )
+        try:
+            return transformers.AutoConfig.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"base={self.name!r} is not a model that transformers can load "
+                f"({str(error).splitlines()[0]}). Name its folder, or its hub id if it is in the cache."
+            ) from error
+
+    @cached_property
+    def builder(self) -> Any:
+        """The class that loads it."""
+        mapping = self.fields.get("auto_mapping") or {}
+        library = str(mapping.get("parent_library", "transformers"))
+        holder: Any = transformers
+        name = self.class_name
+        if name is None:
+            name = mapping.get("base_model_class") or _BY_TASK.get(
+                str(self.fields.get("task_type"))
+            )
+            if mapping and library.startswith("transformers"):
+                holder = importlib.import_module(library)
+        if name is None:
+            named = self.config.architectures or ()
+            name = next((n for n in named if hasattr(transformers, n)), "AutoModel")
+        if not hasattr(holder, name):
+            raise ValueError(
+                f"model_class={name!r} is not a class of transformers: name the one that loads the base "
+                "model, such as AutoModelForCausalLM."
+            )
+        return getattr(holder, name)
+
+    def adapted(self, folder: Path, *, dtype: torch.dtype | str = torch.float32) -> PeftModel:
+        """The model with the adapter of a folder as PEFT loads it; its head brings its number of labels."""
+        header = read_header(folder / WEIGHTS_FILE)
+        rows = [shape[0] for key, (shape, _) in header.items() if key.endswith(_HEADS)]
+        is_other = rows and rows[0] != self.config.num_labels
+        labels = {"num_labels": rows[0]} if is_other else {}
+        model = self.builder.from_pretrained(self.name, dtype=dtype, **labels)
+        try:
+            with warnings.catch_warnings():  # what it warns of, tied embeddings, is looked after
+                warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings")
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                return PeftModel.from_pretrained(model, str(folder)).eval()
+        except (RuntimeError, ValueError, UserWarning) as error:
+            raise ValueError(
+                f"{folder} does not fit on base={self.name!r} ({str(error).splitlines()[0][:200]}): this "
+                "is not the adapter's base model, or not its class; name them (base, model_class)."
+            ) from error
 
 
-def base_config(base: str) -> Any:
-    """The config of a base model, by folder or hub id.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    try:
-        return transformers.AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"base={base!r} is not a model that transformers can load ({str(error).splitlines()[0]}). Name "
-            "its folder, or its hub id if it is in the cache."
-        ) from error
-
-
-def label_options(keys: Mapping[str, tuple[int, ...]], config: Any) -> dict[str, int]:
-    """The number of labels, where the adapter brings a head of another size than the base's config says.
-
-    Args:
-        keys: shapes of the adapter's tensors.
-        config: of the base model.
-    """
-    rows = [shape[0] for key, shape in keys.items() if key.endswith(_HEADS)]
-    return {"num_labels": rows[0]} if rows and rows[0] != config.num_labels else {}
-
-
-def zero_updates(adapter: Adapter, base: str | None, class_name: str | None) -> dict[str, Update]:
+def zero_updates(adapter: Adapter, base: BaseModel) -> dict[str, Update]:
     """Updates of rank 0 for the pruned modules of an adapter, by name.
 
-    Their shapes, keys and kinds are those that PEFT gives them in the base model, which is built
-    without weights.
-
-    Raises:
-        ValueError: there are such modules and the base model is not at hand, or has no such module.
+    Shapes and kinds are those that PEFT gives them in the base model, which is built without weights.
     """
     if not adapter.pruned:
         return {}
-    if not base:
+    if not base.name:
         raise ValueError(
             f"module {adapter.pruned[0]!r} fell to rank 0 and only its base model tells its shape; name "
             "it: base=..., --base."
         )
-    config = base_config(base)
-    builder = model_class(adapter.stored, config, class_name)
     lora = LoraConfig(
         r=1,
         target_modules=list(adapter.pruned),
-        fan_in_fan_out=bool(adapter.stored.get("fan_in_fan_out")),
+        fan_in_fan_out=bool(adapter.fields.get("fan_in_fan_out")),
     )
     with torch.device("meta"):
-        build = getattr(builder, "from_config", None) or builder._from_config
-        model = get_peft_model(build(config), lora)
-    found: dict[str, dict[str, Tensor]] = {}
-    embeddings = set()
-    for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        if (parsed := parse_key(key)) is not None:
-            found.setdefault(parsed.module, {})[parsed.part] = tensor
-            embeddings |= {parsed.module} if parsed.is_embedding else set()
-    dtype = adapter.updates[0].a.dtype
-    updates = {}
-    for name, parts in found.items():
-        a, b = (torch.zeros(tuple(parts[p].shape), dtype=dtype) for p in ("A", "B"))
-        updates[name] = Update(name, a, b, 1.0, name in embeddings).taken(torch.arange(0))
+        build = getattr(base.builder, "from_config", None) or base.builder._from_config
+        model = get_peft_model(build(base.config), lora)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    dtype, updates = adapter.updates[0].a.dtype, {}
+    for name, keys in by_module(tensors)[0].items():
+        a, b = (torch.zeros(tuple(tensors[keys[part]].shape), dtype=dtype) for part in "AB")
+        is_embedding = "lora_embedding_" in keys["A"]
+        updates[name] = Update(name, a, b, 1.0, is_embedding).taken(torch.arange(0))
     return updates
+
+
+def agreement(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Largest difference of outputs, and largest output; an error beyond ``dtype``'s rounding."""
+    largest = float(expected.abs().max())
+    difference = float((found.to(expected) - expected).abs().max())
+    if not difference <= max(TOLERANCE, 8 * torch.finfo(dtype).eps) * largest:
+        raise VerificationError(
+            f"verification failed: what was written, loaded again, differs from the adapter on its base by "
+            f"{difference:.2g}, of outputs up to {largest:.3g}. Nothing was written."
+        )
+    return {"max_difference": difference, "max_output": largest}
 
 
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
-    """What a model says to random tokens, pictures or sounds, in fp32.
-
-    Raises:
-        ValueError: it takes something else.
-    """
+    """What a model says to random tokens, pictures or sounds, in fp32."""
     output = model.eval()(**_inputs(model))
     return next(output[name] for name in _OUTPUTS if name in output).float()
 
@@ -141,8 +162,9 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(0)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = getattr(base, "main_input_name", "input_ids")
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     if name == "input_ids" and getattr(text, "vocab_size", None):
-        ids = torch.randint(1, text.vocab_size, (2, 16), generator=draws)
+        ids = torch.randint(1, text.vocab_size, (2, 16), generator=draws).to(weight.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
     shape = _sizes(name, config)
@@ -152,8 +174,7 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
             "cannot be compared. Do it in a script: PeftModel.from_pretrained(base, folder)"
             ".merge_and_unload(), then compare outputs on data of your own."
         )
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    inputs = {name: torch.randn(2, *shape, generator=draws).to(dtype)}
+    inputs = {name: torch.randn(2, *shape, generator=draws).to(weight)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(1, text.vocab_size, (2, 8), generator=draws)
     return inputs

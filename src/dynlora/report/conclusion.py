@@ -1,10 +1,12 @@
-"""What came out of a run, in one or two sentences."""
+"""What came out of a run: in a sentence, in figures, and as a config for the next one."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from dynlora.report.run import RankState, Run
+from dynlora.adapter_files.format import scaling_of
+from dynlora.adapter_files.plain_config import as_python, plain_fields
+from dynlora.report.run import Run
 
 _MANY = 0.1
 """Share of the modules at the starting rank from which on a higher start is worth a word."""
@@ -19,9 +21,8 @@ def conclusion(run: Run) -> str:
     """
     if not run.states:
         return ""
-    so_far = (
-        "" if run.is_finished else f"After step {run.states[-1].step:,} of {run.total_steps:,}: "
-    )
+    step, ranks = run.states[-1]
+    so_far = "" if run.is_finished else f"After step {step:,} of {run.total_steps:,}: "
     sentences = [so_far + _size(run)]
     if run.auto is not None:
         sentences.append(which_rank(run.auto).rstrip("."))
@@ -29,7 +30,7 @@ def conclusion(run: Run) -> str:
     if scores:
         text = ", ".join(reversed(scores))
         sentences.append(text[0].upper() + text[1:])
-    ranks, start = run.ranks, run.states[0].ranks
+    start = run.states[0][1]
     if empty := sum(rank == 0 for rank in ranks.values()):
         sentences.append(f"{empty} of {len(ranks)} modules are empty")
     full = sum(rank == start.get(name) for name, rank in ranks.items())
@@ -38,6 +39,43 @@ def conclusion(run: Run) -> str:
             f"{full} of {len(ranks)} modules end at rank {run.init_r}, the start: a higher r may help"
         )
     return ". ".join(sentences) + "."
+
+
+def _size(run: Run) -> str:
+    first, last = run.states[0][1], run.ranks
+    before, after = run.parameters(first), run.parameters(last)
+    if not before:
+        total, live = sum(first.values()), sum(last.values())
+        return f"{live:,} of {total:,} components stay ({100 * live / max(total, 1):.0f} %)"
+    return (
+        f"{after:,} of {before:,} parameters stay ({100 * after / before:.0f} %), as many as in a "
+        f"LoRA of rank {run.lora_rank(last):.3g}"
+    )
+
+
+def summary_row(run: Run) -> dict[str, str]:
+    """The run in one line of the comparison, as texts by column name."""
+    row = {"run": run.name, "method": run.method}
+    if "seed" in run.record:
+        row["seed"] = str(run.record["seed"])
+    step, total = run.last_step, run.total_steps or run.last_step
+    state = "finished" if run.is_finished else f"{step / max(total, 1):.0%}"
+    row["step"] = f"{step:,} of {total:,} ({state})"
+    if run.states:
+        first, last = run.states[0][1], run.ranks
+        row["components"] = f"{sum(first.values()):,} → {sum(last.values()):,}"
+        if run.parameters(first):
+            row["parameters"] = f"{run.parameters(first):,} → {run.parameters(last):,}"
+            row["as a LoRA of rank"] = f"{run.lora_rank(first):.3g} → {run.lora_rank(last):.3g}"
+    if prunes := run.of("prune"):
+        cut, back = (sum(e.get(k, 0) for e in prunes) for k in ("cut", "revived"))
+        row["prunings"] = f"{len(prunes)}, {cut:,} cut, {back:,} revived"
+    for name in run.metrics():
+        row[metric_label(name)] = f"{run.series(name)[-1][1]:.4g}"
+    row["time"] = duration(run.seconds)
+    if run.peak_bytes:
+        row["peak memory"] = f"{run.peak_bytes / 2**20:,.0f} MiB"
+    return row
 
 
 def which_rank(found: Mapping[str, Any]) -> str:
@@ -56,13 +94,12 @@ def which_rank(found: Mapping[str, Any]) -> str:
 
 def rank_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row a rank of ``target_r="auto"``'s record: size, held-out loss, and its rise."""
-    reference = found["reference"]
     return [
         {
             "rank": f"{rank}",
             "cost": f"{cost:,}",
             "loss": f"{loss:.4g}",
-            "rise": _percent(loss / reference - 1),
+            "rise": _percent(loss / found["reference"] - 1),
         }
         for rank, cost, loss in found["by_rank"]
     ]
@@ -74,23 +111,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.0f} %" if abs(share) >= 0.095 else f"{100 * share:+.1g} %"
 
 
-def _size(run: Run) -> str:
-    first, last = run.states[0], run.states[-1]
-    if not run.parameters_of_rank_one:
-        share = last.live / max(first.live, 1)
-        return f"{last.live:,} of {first.live:,} components stay ({share * 100:.0f} %)"
-    before, after = run.parameters_at(first), run.parameters_at(last)
-    return (
-        f"{after:,} of {before:,} parameters stay ({100 * after / max(before, 1):.0f} %), as many as in a "
-        f"LoRA of rank {lora_rank(run, last):.3g}"
-    )
-
-
-def lora_rank(run: Run, state: RankState) -> float:
-    """Rank of the plain LoRA on the same modules that has as many parameters."""
-    return run.parameters_at(state) / run.parameters_of_rank_one
-
-
 def metric_label(name: str) -> str:
     """What an evaluation measured, in words.
 
@@ -98,3 +118,31 @@ def metric_label(name: str) -> str:
     ('evaluation loss', 'accuracy')
     """
     return "evaluation loss" if name == "eval_loss" else name.removeprefix("eval_")
+
+
+def duration(seconds: float) -> str:
+    """Wall time for people.
+
+    >>> [duration(s) for s in (0.4, 75, 3700)]
+    ['0.4 s', '1 min 15 s', '1 h 1 min']
+    """
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def next_config(ranks: Mapping[str, int], lora: Mapping[str, Any]) -> str:
+    """Python of a LoraConfig that trains exactly these ranks, all else as in ``lora``, the run's fields."""
+    alive = {name: rank for name, rank in ranks.items() if rank}
+    targets = [f".{target}" for target in lora.get("target_parameters") or ()]
+    bare = {name: () for name in ranks if f".{name}".endswith(tuple(targets))}
+    fields = plain_fields(
+        lora,
+        alive,
+        {name: scaling_of(lora, name) for name in alive},
+        dead=[name for name, rank in ranks.items() if not rank and name not in bare],
+        parameters=bare,
+    )
+    return as_python({**fields, "init_lora_weights": lora.get("init_lora_weights", True)})

@@ -1,17 +1,15 @@
 """What ``shrink_adapter`` found and did."""
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 
-from dynlora.adapter_files.python_source import FILLED_IN, as_python
-from dynlora.shrink.choice import by_energy, same_rank
-from dynlora.shrink.layout import Cut, Layout
+from dynlora.adapter_files.plain_config import as_python
+from dynlora.lora.configs import recorded_fields
+from dynlora.shrink.choice import by_energy
 from dynlora.shrink.search import Point
+from dynlora.shrink.spectrum import Cut, Spectra
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 """Of energy, one for each row of the table."""
@@ -39,26 +37,10 @@ class Size:
     dead: int
     loss: float | None = None
 
-
-@dataclass(frozen=True)
-class Kind:
-    """Modules of one kind, the same in every layer.
-
-    Attributes:
-        name: of the modules, with the number of the layer blotted out.
-        modules: how many.
-        ranks: smallest and largest rank as trained.
-        energy: share of the model's Σσ².
-        needed: smallest and largest rank that holds 95 % of a module's own Σσ².
-        largest: smallest and largest scaling · σ_max.
-    """
-
-    name: str
-    modules: int
-    ranks: tuple[int, int]
-    energy: float
-    needed: tuple[int, int]
-    largest: tuple[float, float]
+    @property
+    def megabytes(self) -> str:
+        """10⁶ bytes, three digits that count."""
+        return f"{self.num_bytes / 1e6:.3g} MB"
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,6 @@ class ShrinkReport:
         same_rank_size: its size, energy and loss.
         energies: size against energy, over the whole model.
         equal_ranks: size and energy of equal ranks everywhere, by rank.
-        kinds: the spectra, by kind of module.
         ranks: rank of each module after the cut, zeros included.
         points: sizes whose loss was measured on the way.
         config: of the new adapter, as PEFT reads it.
@@ -87,7 +68,6 @@ class ShrinkReport:
     before: Size
     energies: tuple[tuple[float, Size], ...]
     equal_ranks: dict[int, Size]
-    kinds: tuple[Kind, ...]
     out: Path | None = None
     after: Size | None = None
     same_rank: int | None = None
@@ -102,103 +82,55 @@ class ShrinkReport:
     @property
     def config_source(self) -> str:
         """Python that makes the new adapter's ``LoraConfig``, ready to paste; "" if there is none."""
-        return "" if self.config is None else as_python(_changed_fields(self.config))
+        return "" if self.config is None else as_python(recorded_fields(self.config))
 
     @property
     def conclusion(self) -> str:
         """What changed, in one sentence, and what an equal rank everywhere would have been."""
-        before, after = self.before, self.after
+        before, after, rival = self.before, self.after, self.same_rank_size
         if after is None:
             return ""
         share = after.num_bytes / before.num_bytes
-        text = f"{_mb(before)} -> {_mb(after)} ({share:.0%}), {_quality(before, after)}"
-        if self.same_rank is not None and self.same_rank_size is not None:
-            rival = self.same_rank_size
+        text = f"{before.megabytes} -> {after.megabytes} ({share:.0%}), {_quality(before, after)}"
+        if rival is not None:
             text += (
-                f"; rank {self.same_rank} everywhere would have been {_mb(rival)}, "
+                f"; rank {self.same_rank} everywhere would have been {rival.megabytes}, "
                 f"{_quality(before, rival)}"
             )
         return text + "."
 
 
-def size_of(layout: Layout, cut: Cut, loss: float | None = None) -> Size:
+def size_of(spectra: Spectra, cut: Cut, loss: float | None = None) -> Size:
     """Facts on a cut."""
-    ranks = layout.ranks(cut)
-    parameters = layout.parameters(cut)
-    whole = sum(u.cost for u in layout.adapter.updates)
+    ranks, parameters = spectra.ranks(cut), spectra.parameters(cut)
     return Size(
-        num_bytes=layout.num_bytes(cut),
+        num_bytes=spectra.num_bytes(cut),
         parameters=parameters,
-        mean_rank=parameters / whole,
-        energy=layout.energy(cut),
+        mean_rank=parameters / spectra.cost,
+        energy=spectra.energy(cut),
         max_rank=max(ranks),
         dead=ranks.count(0),
         loss=loss,
     )
 
 
-def size_as_read(layout: Layout, loss: float | None = None) -> Size:
+def size_as_read(spectra: Spectra, num_bytes: int, loss: float | None = None) -> Size:
     """Facts on the adapter as it lies in its folder."""
-    ranks = [u.rank for u in layout.adapter.updates]
-    parameters = sum(u.cost * u.rank for u in layout.adapter.updates)
-    return Size(
-        num_bytes=(layout.adapter.folder / "adapter_model.safetensors").stat().st_size,
-        parameters=parameters,
-        mean_rank=parameters / sum(u.cost for u in layout.adapter.updates),
-        energy=1.0,
-        max_rank=max(ranks),
-        dead=0,
-        loss=loss,
-    )
+    ranks = [update.rank for update in spectra.adapter.updates]
+    parameters = sum(update.cost * update.rank for update in spectra.adapter.updates)
+    return Size(num_bytes, parameters, parameters / spectra.cost, 1.0, max(ranks), 0, loss)
 
 
-def energy_table(layout: Layout) -> tuple[tuple[float, Size], ...]:
+def energy_table(spectra: Spectra) -> tuple[tuple[float, Size], ...]:
     """Size against share of energy."""
-    return tuple((share, size_of(layout, by_energy(share, layout.spectra))) for share in SHARES)
+    return tuple((share, size_of(spectra, by_energy(spectra, share))) for share in SHARES)
 
 
-def equal_rank_table(layout: Layout) -> dict[int, Size]:
+def equal_rank_table(spectra: Spectra) -> dict[int, Size]:
     """Size and energy of ranks 1, 2, 4 … below the largest, everywhere."""
-    largest = max(u.rank for u in layout.adapter.updates)
+    largest = max(update.rank for update in spectra.adapter.updates)
     ranks = [2**i for i in range(largest.bit_length()) if 2**i < largest]
-    return {rank: size_of(layout, same_rank(rank, layout.spectra)) for rank in ranks}
-
-
-def kinds(layout: Layout) -> tuple[Kind, ...]:
-    """The spectra of the modules, summed up by kind."""
-    total = sum(float(s.energy.sum()) for s in layout.spectra)
-    needed = by_energy(0.95, layout.spectra, per_module=True)
-    by_name: dict[str, list[int]] = {}
-    for place, update in enumerate(layout.adapter.updates):
-        by_name.setdefault(re.sub(r"\d+", "*", update.name), []).append(place)
-    found = []
-    for name, places in by_name.items():
-        spectra = [layout.spectra[p] for p in places]
-        largest = [float(s.energy[0].sqrt()) for s in spectra]
-        found.append(
-            Kind(
-                name=name,
-                modules=len(places),
-                ranks=_range([s.update.rank for s in spectra]),
-                energy=sum(float(s.energy.sum()) for s in spectra) / total,
-                needed=_range([int(needed[p].sum()) for p in places]),
-                largest=(min(largest), max(largest)),
-            )
-        )
-    return tuple(found)
-
-
-def _range(values: Sequence[int]) -> tuple[int, int]:
-    return min(values), max(values)
-
-
-def _mb(size: Size) -> str:
-    """Megabytes with three digits that count.
-
-    >>> _mb(Size(8_123_456, 0, 0, 0, 0, 0)), _mb(Size(1234, 0, 0, 0, 0, 0))
-    ('8.12 MB', '0.00123 MB')
-    """
-    return f"{size.num_bytes / 1e6:.3g} MB"
+    return {rank: size_of(spectra, spectra.same_rank(rank)) for rank in ranks}
 
 
 def _quality(before: Size, after: Size) -> str:
@@ -206,17 +138,3 @@ def _quality(before: Size, after: Size) -> str:
         return f"{after.energy:.1%} of the energy"
     change = after.loss / before.loss - 1
     return f"loss {before.loss:.3f} -> {after.loss:.3f} ({change:+.1%})"
-
-
-def _changed_fields(config: LoraConfig) -> dict[str, Any]:
-    """Rank, alpha and what differs from PEFT's defaults, without what PEFT fills in, as plain data."""
-    defaults = LoraConfig().to_dict()
-    values = {n: sorted(v) if isinstance(v, set) else v for n, v in config.to_dict().items()}
-    changed = {
-        name: value
-        for name, value in values.items()
-        if name not in FILLED_IN and (name in {"r", "lora_alpha"} or value != defaults.get(name))
-    }
-    if config.task_type is not None:
-        changed["task_type"] = str(getattr(config.task_type, "value", config.task_type))
-    return changed

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,67 +11,42 @@ _LONGEST_FIELD = 2**31 - 1  # csv's own limit of 131,072 characters is below som
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file holds.
-
-    Attributes:
-        texts: one for each row.
-        labels: one for each row, or None if the file has no column ``label``.
-    """
+    """Texts, and their labels if the file has a column ``label``."""
 
     texts: list[str]
     labels: list[Any] | None
 
 
 def read_rows(path: Path) -> Rows:
-    """Read the column ``text`` and, if there, the column ``label``.
-
-    Args:
-        path: a .csv with a line of names, or a .jsonl with one object a line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is of another kind, damaged, empty, or lacks a text or a label somewhere.
-    """
+    """The columns ``text`` and ``label`` of a .csv with a line of names, or a .jsonl of objects."""
     if not path.is_file():
         raise FileNotFoundError(
             f"data={str(path)!r} is not a file; name a .csv or .jsonl of texts."
         )
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
-    if path.suffix not in readers:
+    if path.suffix not in {".csv", ".jsonl"}:
         raise ValueError(f"data={str(path)!r} must end with .csv or .jsonl.")
-    rows = list(readers[path.suffix](path))
+    try:
+        rows = _rows(path)
+    except (ValueError, csv.Error) as error:
+        kind = path.suffix[1:]
+        raise ValueError(f"data={str(path)!r} is not a {kind} file in UTF-8: {error}.") from error
     if not rows:
         raise ValueError(f"data={str(path)!r} holds no rows.")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("text"), str):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(
-                f"data={str(path)!r} has no text in row {number}; its columns are {sorted(map(str, row))}. "
-                "Name the column of the texts 'text'."
+                f"data={str(path)!r} has no text in row {number}: {str(row)[:80]}. Name the column of the "
+                "texts 'text'."
             )
-    labelled = [row.get("label") is not None for row in rows]
-    if any(labelled) and not all(labelled):
-        raise ValueError(f"data={str(path)!r} has no label in row {labelled.index(False) + 1}.")
-    labels = [row["label"] for row in rows] if all(labelled) else None
-    return Rows([row["text"] for row in rows], labels)
+    labels = [row.get("label") for row in rows]
+    if None in labels and any(label is not None for label in labels):
+        raise ValueError(f"data={str(path)!r} has no label in row {labels.index(None) + 1}.")
+    return Rows([row["text"] for row in rows], None if None in labels else labels)
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"data={str(path)!r} is not a csv file in UTF-8: {error}.") from error
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is not an object")
-                    yield row
-    except ValueError as error:
-        raise ValueError(f"data={str(path)!r} is not a jsonl file in UTF-8: {error}.") from error
+def _rows(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in file if line.strip()]
+        csv.field_size_limit(_LONGEST_FIELD)
+        return list(csv.DictReader(file))

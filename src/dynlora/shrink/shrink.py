@@ -6,67 +6,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dynlora.adapter_files.whole_folder import whole_folder
+import torch
+from peft import PeftConfig
+
+from dynlora.adapter_files.folder import checked_source, read_config
+from dynlora.adapter_files.format import WEIGHTS_FILE
+from dynlora.adapter_files.updates import read
+from dynlora.adapter_files.write import copy_processor, plain, write_adapter
+from dynlora.errors import AdapterFileError, VerificationError
+from dynlora.files import whole_folder
 from dynlora.shrink import report as facts
-from dynlora.shrink.choice import (
-    Method,
-    by_energy,
-    by_mean_rank,
-    by_method,
-    by_size,
-    everything,
-    same_rank,
-)
+from dynlora.shrink.choice import by_budget, by_energy, by_method
 from dynlora.shrink.held_out import HeldOut
-from dynlora.shrink.layout import Cut, Layout
-from dynlora.shrink.report import ShrinkReport, size_as_read, size_of
+from dynlora.shrink.report import ShrinkReport
 from dynlora.shrink.rows import read_rows
-from dynlora.shrink.search import Point, search
-from dynlora.shrink.source import read
-from dynlora.shrink.spectrum import decompose
-from dynlora.shrink.write import check_out, read_config, verify, write
+from dynlora.shrink.search import search
+from dynlora.shrink.spectrum import Cut, Spectra, decompose
 
 DEFAULT_TOLERANCE = 0.01
 
+TOLERANCE = 1e-6
+"""Relative to each ΔW, for factors in float32; half precision adds its own rounding."""
+
 Path_ = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wish:
-    """The one rule that was asked for, if any."""
-
-    energy: float | None
-    per_module: bool
-    method: Method | None
-    value: float | None
-    mean_rank: float | None
-    size_mb: float | None
-    tolerance: float | None
-
-    def check(self) -> None:
-        given = {
-            n: v
-            for n, v in vars(self).items()
-            if v is not None and n not in {"per_module", "value"}
-        }
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given; each decides alone. Name one.")
-        if (self.method is None) != (self.value is None):
-            raise ValueError("method and value go together, as method='sv_fro', value=0.9.")
-        if self.per_module and self.energy is None:
-            raise ValueError("per_module goes with energy; name energy, as energy=0.95.")
-        if self.tolerance is not None and not self.tolerance >= 0:
-            raise ValueError(f"tolerance={self.tolerance} must be 0 or more: 0.01 is one percent.")
-
-    def cut(self, layout: Layout) -> Cut | None:
-        """The cut by spectra alone, or None if they do not decide."""
-        if self.energy is not None:
-            return by_energy(self.energy, layout.spectra, per_module=self.per_module)
-        if self.method is not None and self.value is not None:
-            return by_method(self.method, self.value, layout.spectra)
-        if self.mean_rank is not None:
-            return by_mean_rank(self.mean_rank, layout)
-        return None if self.size_mb is None else by_size(self.size_mb, layout)
 
 
 def shrink_adapter(
@@ -75,7 +37,7 @@ def shrink_adapter(
     *,
     energy: float | None = None,
     per_module: bool = False,
-    method: Method | None = None,
+    method: str | None = None,
     value: float | None = None,
     mean_rank: float | None = None,
     size_mb: float | None = None,
@@ -113,93 +75,146 @@ def shrink_adapter(
         FileNotFoundError: there is no adapter, or no data.
         FileExistsError: ``out`` exists.
         ValueError: the adapter is not a plain LoRA, or an argument is wrong.
-        RuntimeError: what was written, read back, is not what it should be; nothing stays.
+        VerificationError: what was written, read back, is not what it should be; nothing stays.
     """
     start = time.perf_counter()
-    no_rule = all(rule is None for rule in (energy, method, mean_rank, size_mb))
-    if data is not None and tolerance is None and no_rule:
+    rules = {"energy": energy, "method": method, "mean_rank": mean_rank, "size_mb": size_mb}
+    if data is not None and tolerance is None and all(rule is None for rule in rules.values()):
         tolerance = DEFAULT_TOLERANCE
-    wish = _Wish(energy, per_module, method, value, mean_rank, size_mb, tolerance)
-    wish.check()
-    _check_places(out=out, model=model, data=data, wish=wish)
+    given = [n for n, rule in {**rules, "tolerance": tolerance}.items() if rule is not None]
+    _check_rules(given, per_module=per_module, method=method, value=value, tolerance=tolerance)
+    if given == ["tolerance"] and (model is None or data is None):
+        raise ValueError("tolerance needs the base and held-out texts: name model and data.")
+    if data is not None and model is None:
+        raise ValueError("data needs the base: name model, a folder or a hub id.")
     if out is not None:
-        check_out(Path(out), Path(folder))
+        _check_out(Path(out), Path(folder), given)
     rows = None if data is None else read_rows(Path(data))
-    adapter = read(Path(folder))
-    layout = Layout(adapter, [decompose(update) for update in adapter.updates], uniform=uniform)
+    spectra = _read(Path(folder), uniform=uniform)
     decomposed = time.perf_counter() - start
-    if not any(bool(s.energy.any()) for s in layout.spectra):
-        raise ValueError(
-            f"{folder}: every B A is 0, so the adapter equals its base. Train it first."
-        )
     held_out = None
     if model is not None:
-        held_out = HeldOut(layout, model, rows, batch_size=batch_size, max_length=max_length)
-    whole_loss = (
-        None if rows is None or held_out is None else held_out.loss(everything(layout.spectra))
-    )
+        sizes = {"batch_size": batch_size, "max_length": max_length}
+        held_out = HeldOut(spectra, Path(folder), model, rows, **sizes)
+    measured = held_out if rows is not None else None
+    loss = None if measured is None else measured.loss(spectra.everything)
     found = ShrinkReport(
         folder=Path(folder),
-        before=size_as_read(layout, whole_loss),
-        energies=facts.energy_table(layout),
-        equal_ranks=facts.equal_rank_table(layout),
-        kinds=facts.kinds(layout),
+        before=facts.size_as_read(spectra, (Path(folder) / WEIGHTS_FILE).stat().st_size, loss),
+        energies=facts.energy_table(spectra),
+        equal_ranks=facts.equal_rank_table(spectra),
     )
-    points: list[Point] = []
-    cut = wish.cut(layout)
-    if tolerance is not None and held_out is not None and whole_loss is not None:
-        limit = whole_loss + tolerance * abs(whole_loss)
-        cut, points = search(layout, held_out, limit=limit)
+    cut: Cut | None = None
+    if energy is not None:
+        cut = by_energy(spectra, energy, per_module=per_module)
+    elif method is not None and value is not None:
+        cut = by_method(spectra, method, value)
+    elif mean_rank is not None:
+        cut = by_budget(spectra, "mean_rank", mean_rank)
+    elif size_mb is not None:
+        cut = by_budget(spectra, "size_mb", size_mb)
+    elif tolerance is not None and measured is not None and loss is not None:
+        cut, points = search(spectra, measured, limit=loss + tolerance * abs(loss))
+        found = dataclasses.replace(found, points=points)
     if cut is not None:
-        measured = held_out if rows is not None else None
-        found = dataclasses.replace(
-            found, points=tuple(points), **_chosen(layout, cut, measured),
-            **_written(layout, cut, out, held_out),
-        )  # fmt: skip
+        done = _chosen(spectra, cut, measured)
+        if out is not None:
+            done |= _written(spectra, cut, Path(folder), Path(out), held_out)
+        found = dataclasses.replace(found, **done)
     return dataclasses.replace(found, seconds=(decomposed, time.perf_counter() - start))
 
 
-def _check_places(*, out: Path_ | None, model: str | None, data: Path_ | None, wish: _Wish) -> None:
-    """Folders and files that go together, checked before anything is read."""
-    if (data is not None or wish.tolerance is not None) and model is None:
-        raise ValueError("data and tolerance need the base: name model, a folder or a hub id.")
-    if wish.tolerance is not None and data is None:
-        raise ValueError("tolerance needs held-out texts: name data, a .csv or .jsonl.")
-    rules = (wish.energy, wish.method, wish.mean_rank, wish.size_mb, wish.tolerance)
-    if out is not None and not any(rule is not None for rule in rules):
+def _check_rules(
+    given: list[str],
+    *,
+    per_module: bool,
+    method: str | None,
+    value: float | None,
+    tolerance: float | None,
+) -> None:
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} were given; each decides alone. Name one.")
+    if (method is None) != (value is None):
+        raise ValueError("method and value go together, as method='sv_fro', value=0.9.")
+    if per_module and given != ["energy"]:
+        raise ValueError("per_module goes with energy; name energy, as energy=0.95.")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} must be 0 or more: 0.01 is one percent.")
+
+
+def _check_out(out: Path, folder: Path, given: list[str]) -> None:
+    if not given:
         raise ValueError(
             "out was given, but no rule what to keep: name energy, method, mean_rank, size_mb, or "
             "model and data."
         )
+    if out.resolve() == folder.resolve():
+        raise FileExistsError(f"out={str(out)!r} is the adapter itself; name another folder.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"out={str(out)!r} exists already; name a new folder or remove it.")
 
 
-def _chosen(layout: Layout, cut: Cut, held_out: HeldOut | None) -> dict[str, Any]:
+def _read(folder: Path, *, uniform: bool) -> Spectra:
+    if read_config(checked_source(folder)).get("peft_type") == "DYNLORA":
+        raise AdapterFileError(
+            f"{folder} is a checkpoint with gates (peft_type DYNLORA). Make it a plain LoRA first: "
+            f"dynlora export {folder}"
+        )
+    adapter = read(folder)
+    spectra = Spectra(adapter, [decompose(update) for update in adapter.updates], uniform)
+    if not any(bool(module.energy.any()) for module in spectra.modules):
+        raise ValueError(
+            f"{folder}: every B A is 0, so the adapter equals its base. Train it first."
+        )
+    return spectra
+
+
+def _chosen(spectra: Spectra, cut: Cut, held_out: HeldOut | None) -> dict[str, Any]:
     """Facts on the cut, and on the equal rank that needs at least as many bytes."""
-    loss = None if held_out is None else held_out.loss(cut)
-    after = size_of(layout, cut, loss)
-    names = [update.name for update in layout.adapter.updates]
-    chosen = {"after": after, "ranks": dict(zip(names, layout.ranks(cut), strict=True))}
-    plain = dataclasses.replace(layout, uniform=False)
-    for rank in range(1, max(u.rank for u in layout.adapter.updates)):
-        rival = same_rank(rank, layout.spectra)
-        if plain.num_bytes(rival) >= after.num_bytes:
-            rival_loss = None if held_out is None else held_out.loss(rival)
-            size = size_of(plain, rival, rival_loss)
+    after = facts.size_of(spectra, cut, None if held_out is None else held_out.loss(cut))
+    names = [update.name for update in spectra.adapter.updates]
+    chosen = {"after": after, "ranks": dict(zip(names, spectra.ranks(cut), strict=True))}
+    plain_form = dataclasses.replace(spectra, uniform=False)
+    for rank in range(1, max(update.rank for update in spectra.adapter.updates)):
+        rival = spectra.same_rank(rank)
+        if plain_form.num_bytes(rival) >= after.num_bytes:
+            size = facts.size_of(
+                plain_form, rival, None if held_out is None else held_out.loss(rival)
+            )
             return {**chosen, "same_rank": rank, "same_rank_size": size}
     return chosen
 
 
 def _written(
-    layout: Layout, cut: Cut, out: Path_ | None, held_out: HeldOut | None
+    spectra: Spectra, cut: Cut, folder: Path, out: Path, held_out: HeldOut | None
 ) -> dict[str, Any]:
     """Write and verify; nothing is left if that fails."""
-    if out is None:
-        return {}
-    done: dict[str, Any] = {"out": Path(out)}
-    with whole_folder(Path(out)) as temporary:
-        write(temporary, layout.adapter.folder, layout.config_fields(cut), layout.tensors(cut))
-        done["config"] = read_config(temporary)
-        done["tensor_difference"] = verify(temporary, layout, cut)
+    done: dict[str, Any] = {"out": out}
+    with whole_folder(out) as temporary:
+        adapter = spectra.cut(cut)
+        write_adapter(temporary, *plain(adapter), adapter.pruned)
+        copy_processor(folder, temporary)
+        done["config"] = PeftConfig.from_pretrained(str(temporary))
+        done["tensor_difference"] = verify(temporary, spectra, cut)
         if held_out is not None:
             done["output_difference"] = held_out.verify(cut, temporary)
     return done
+
+
+@torch.no_grad()
+def verify(folder: Path, spectra: Spectra, cut: Cut) -> float:
+    """Read the folder back; the largest difference of a ΔW from the truncated one, relative to its norm."""
+    written = {update.name: update for update in read(folder).updates}
+    largest = 0.0
+    for module, mask, rank in zip(spectra.modules, cut, spectra.ranks(cut), strict=True):
+        if rank:
+            name = module.update.name
+            difference = module.difference(mask, written[name])
+            limit = max(TOLERANCE, 2 * torch.finfo(written[name].a.dtype).eps)
+            if not difference <= limit:
+                raise VerificationError(
+                    f"verification failed: the update of module {name!r} read back differs by "
+                    f"{difference:.2g} of its norm, more than {limit:.2g}. Nothing was written."
+                )
+            largest = max(largest, difference)
+    return largest

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynlora.cli.terminal import FAILED, USER_MISTAKE, print_error, report_error
-from dynlora.report.rank_grid import rank_grid
+from dynlora.report.terminal import rank_grid
 from dynlora_lab.cli.progress import progress
 from dynlora_lab.cli.terminal import quiet_run
 from dynlora_lab.tasks.assets import AssetError
