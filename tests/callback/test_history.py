@@ -1,6 +1,7 @@
 """What a run leaves behind: history.jsonl, the live fields in Trainer's logs, rank maps."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -78,11 +79,20 @@ def test_an_event_accounts_for_every_component(revival):
     assert len(allocator.history) == 7
 
 
-@pytest.mark.parametrize("step", [4, 10, 17, 20])
-def test_a_resumed_run_tells_the_same_story_once(tmp_path, step):
-    """Lines beyond the checkpoint are dropped, and old ranks come back from the file."""
-    run, whole = trainer_of(tmp_path, arguments=SAVE_ALL, **POOR)
+@pytest.fixture(scope="module")
+def saved_everywhere(tmp_path_factory):
+    """A folder with a checkpoint of every step, and its callback."""
+    folder = tmp_path_factory.mktemp("saved")
+    run, callback = trainer_of(folder, arguments=SAVE_ALL, **POOR)
     run.train()
+    return folder, callback
+
+
+@pytest.mark.parametrize("step", [4, 10, 17, 20])
+def test_a_resumed_run_tells_the_same_story_once(tmp_path, saved_everywhere, step):
+    """Lines beyond the checkpoint are dropped, and old ranks come back from the file."""
+    folder, whole = saved_everywhere
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     expected = [without_time(e) for e in read_history(tmp_path) if e["event"] in {"prune", "log"}]
     run, again = trainer_of(tmp_path, arguments=SAVE_ALL, **POOR)
     run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))

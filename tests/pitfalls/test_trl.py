@@ -12,12 +12,15 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from dynlora import DynLoraCallback, DynLoraConfig
 from lora_runs import (
     ENDS,
+    R,
     adapted,
     callback,
     config,
     finished,
+    logits,
     ranks_of,
     save_language_model,
     train,
@@ -134,7 +137,7 @@ def test_until_the_first_cut_the_run_is_the_one_without_the_callback(name, tmp_p
 def test_a_copied_reference_adapter_keeps_its_shapes_while_the_trained_one_shrinks(name, tmp_path):
     """TRL keeps a frozen copy of an adapter that it trains on, under the name ref."""
     model, mine = finished(), callback(score=None, target_r=1.0)
-    before = ranks_of(model)
+    before, outputs = ranks_of(model), logits(model)
     run = trl_trainer(KINDS[name], tmp_path, callbacks=[mine], model=model)
     run.train()
     run.save_model()
@@ -144,6 +147,23 @@ def test_a_copied_reference_adapter_keeps_its_shapes_while_the_trained_one_shrin
         AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out"
     )
     assert ranks_of(loaded) == ranks_of(run.model)
+    run.model.set_adapter("ref")
+    torch.testing.assert_close(logits(run.model), outputs, rtol=0, atol=1e-5)
+
+
+def test_the_papers_gates_end_as_a_plain_lora_of_the_budget(tmp_path):
+    mine = DynLoraCallback()
+    fields = {"init_r": R, "target_r": 1, "prune_interval": 2, "target_modules": "all-linear"}
+    gates = DynLoraConfig(**fields, task_type="CAUSAL_LM")
+    run = trl_trainer(KINDS["sft"], tmp_path, callbacks=[mine], peft_config=gates)
+    assert run.model.peft_type == "DYNLORA"
+    run.train()
+    run.save_model()
+    assert mine.allocator.cost <= mine.allocator.target_cost
+    assert type(run.model.peft_config["default"]) is LoraConfig
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(run.model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo", "rloo"])
