@@ -44,6 +44,12 @@ def grouped(config):
         return get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), config)
 
 
+def stepped_by_another():
+    model, _, allocator = attached()
+    train(model, adamw(model), 1)
+    return allocator  # held until here: one that nobody holds may be garbage before the step
+
+
 def spoiled(what):
     """A run in which one element of the weights, or of their gradient, has become NaN."""
     model, optimizer, allocator = trained()
@@ -138,7 +144,7 @@ STOCK = {
     "optimizer by name": lambda _: allocate(optimizer="adamw"),
     "optimizer of something else": lambda _: allocate(optimizer=adamw(nn.Linear(2, 2))),
     "two allocators": lambda _: allocate(*attached()[:2]),
-    "another optimizer steps": lambda _: train(m := attached()[0], adamw(m), 1),
+    "another optimizer steps": lambda _: stepped_by_another(),
     "score by name": lambda _: allocate(score="norm"),
     "score that returns": lambda _: trained(1, score=lambda modules, step: [1.0]),
     "score below 0": lambda _: trained(40, score=negative),
