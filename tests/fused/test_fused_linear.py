@@ -8,8 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tiny_models
 from dynlora.fused import fuse_
-from dynlora.fused.conditions import fusable_adapter
-from dynlora.fused.linear import LoraLinear, fused_forward, keep_mask
+from dynlora.fused.linear import LoraLinear, keep_mask
 from fused_nets import EXACT, adapted, assert_same, first, gradients, num_fused, pair
 from small_net import data
 
@@ -47,30 +46,6 @@ def test_each_gradient_is_right_when_it_alone_is_asked_for(masked, trained):
     ]
     arguments[trained].requires_grad_()
     assert torch.autograd.gradcheck(LoraLinear.apply, tuple(arguments))
-
-
-def test_a_given_b_replaces_the_layers_and_receives_its_gradient():
-    layer = first(pair()[0])
-    b, x = layer.lora_B["default"].weight, data()[0]
-    gate = torch.rand(4, requires_grad=True)
-    actual = fused_forward(layer, "default", x, x.dtype, b=b * gate)
-    z = layer.lora_A["default"](x)
-    expected = layer.base_layer(x) + layer.scaling["default"] * (z * gate) @ b.T
-    torch.testing.assert_close(actual, expected, **EXACT)
-    wanted = (gate, b, layer.lora_A["default"].weight)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(y.square().mean(), wanted) for y in (actual, expected)), **EXACT
-    )
-
-
-def test_a_room_with_its_own_lora_a_names_its_class_to_be_served():
-    class Gated(nn.Linear):
-        pass
-
-    layer = first(adapted())
-    layer.lora_A["default"].__class__ = Gated
-    assert fusable_adapter(layer) is None
-    assert fusable_adapter(layer, Gated) == "default"
 
 
 # -- equal to PEFT's -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dynlora.fused import fuse_, unfuse_
-from dynlora.fused.update import LoraUpdate
+from dynlora.fused.linear import LoraUpdate
 
 bnb = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")  # bitsandbytes' own

@@ -15,13 +15,8 @@ from torch.nn.modules import module as hooks_of_all
 _PLAIN = (Tensor, nn.Parameter)  # not a DTensor, a quantised or a nested tensor
 
 
-def fusable_adapter(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str | None:
-    """The one adapter of a LoRA layer that can be computed together with its base now, or None.
-
-    Args:
-        layer: a ``peft.tuners.lora.Linear``.
-        lora_a_type: the exact class that ``lora_A[adapter]`` must have.
-    """
+def fusable_adapter(layer: Any) -> str | None:
+    """The one adapter of PEFT's ``lora.Linear`` that can be computed with its base now, or None."""
     base = layer.base_layer
     is_frozen_linear = (
         type(base) is nn.Linear
@@ -29,15 +24,13 @@ def fusable_adapter(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
     )
-    return None if not is_frozen_linear or _is_watched(base) else fusable_update(layer, lora_a_type)
+    return None if not is_frozen_linear or _is_watched(base) else fusable_update(layer)
 
 
-def fusable_update(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str | None:
+def fusable_update(layer: Any) -> str | None:
     """The one adapter of a LoRA layer whose update can be computed and added now, or None.
 
-    Args:
-        layer: a LoRA layer that adds ``lora_B(lora_A(dropout(x))) * scaling`` to its base's output.
-        lora_a_type: the exact class that ``lora_A[adapter]`` must have.
+    The layer must add ``lora_B(lora_A(dropout(x))) * scaling`` to its base's output.
     """
     active = layer.active_adapters
     if len(active) != 1 or layer.disable_adapters or layer.merged:
@@ -48,9 +41,8 @@ def fusable_update(layer: Any, lora_a_type: type[nn.Module] = nn.Linear) -> str 
     lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
     is_common = (
-        type(lora_a) is lora_a_type
-        and type(lora_b) is nn.Linear
-        and all(part.bias is None and type(part.weight) in _PLAIN for part in (lora_a, lora_b))
+        all(type(part) is nn.Linear and part.bias is None for part in (lora_a, lora_b))
+        and all(type(part.weight) in _PLAIN for part in (lora_a, lora_b))
         # PEFT makes it a tensor for compiled hot-swapping, to be read at each call
         and isinstance(layer.scaling[adapter], (int, float))
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
@@ -98,11 +90,6 @@ def common_dtype(layer: Any, adapter: str, x: Tensor) -> torch.dtype | None:
 
     Under autocast it is autocast's. Without it, x and all weights must agree: PEFT computes an
     adapter in float32 over a base in bfloat16 in two dtypes.
-
-    Args:
-        layer: a layer for which ``fusable_adapter`` names ``adapter``.
-        adapter: the active adapter.
-        x: the input, (..., in).
     """
     weights = (layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter])
     return _product_dtype(x, (x.dtype, *(part.weight.dtype for part in weights)))
@@ -112,11 +99,6 @@ def update_dtype(layer: Any, adapter: str, x: Tensor) -> torch.dtype | None:
     """The dtype in which the products of ``fused_update`` are computed, or None to leave it to PEFT.
 
     Under autocast it is autocast's, without it the adapter's, to which PEFT casts x.
-
-    Args:
-        layer: a layer for which ``fusable_update`` names ``adapter``.
-        adapter: the active adapter.
-        x: the input, (..., in).
     """
     a, b = (factor[adapter].weight.dtype for factor in (layer.lora_A, layer.lora_B))
     is_cast = layer.cast_input_dtype_enabled and x.is_floating_point() and not is_autocast(x)

@@ -48,15 +48,12 @@ def fuse_(model: nn.Module, adapter: str | None = None) -> int:
         ValueError: the model has no such adapter.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if adapter is not None:
-        known = {name for layer in layers for name in layer.r} | {
-            *getattr(model, "peft_config", ())
-        }
-        if adapter not in known:
-            raise ValueError(
-                f"adapter={adapter!r} is not an adapter of this model, which has {sorted(known)}. "
-                "Name one of these, or pass None for all"
-            )
+    known = {*getattr(model, "peft_config", ()), *(name for layer in layers for name in layer.r)}
+    if adapter is not None and adapter not in known:
+        raise ValueError(
+            f"adapter={adapter!r} is not an adapter of this model, which has {sorted(known)}. Name one of "
+            "these, or pass None for all"
+        )
     classes = _fused_classes()
     eligible = [layer for layer in layers if _is_eligible(layer, adapter, classes)]
     for layer in eligible:

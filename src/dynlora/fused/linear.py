@@ -1,4 +1,4 @@
-"""One autograd function for a LoRA layer: y = x Wᵀ + bias + s · (mask ⊙ x) Aᵀ Bᵀ.
+"""Autograd functions for a LoRA layer: y = base(x) + s · (mask ⊙ x) Aᵀ Bᵀ; mostly base(x) = x Wᵀ + bias.
 
 PEFT's forward makes separate passes over (tokens, out) tensors to scale the update, to add it, and
 to sum two gradients of x, and keeps the dropped-out input until the backward pass. Here s is folded
@@ -18,21 +18,13 @@ from torch import Tensor, nn
 from dynlora.fused.conditions import is_autocast
 
 
-def fused_forward(
-    layer: Any, adapter: str, x: Tensor, dtype: torch.dtype, b: Tensor | None = None
-) -> Tensor:
+def fused_forward(layer: Any, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """What ``layer`` computes for x (..., in), as (..., out) in ``dtype``.
 
-    Args:
-        layer: a layer for which ``fusable_adapter`` names ``adapter``.
-        adapter: the active adapter.
-        x: the input.
-        dtype: what ``common_dtype`` says.
-        b: (out, r), used in place of ``lora_B[adapter].weight``; its gradient is returned to it.
+    ``adapter`` is what ``fusable_adapter`` says of the layer, ``dtype`` what ``common_dtype`` says.
     """
-    base = layer.base_layer
-    b = (layer.lora_B[adapter].weight if b is None else b).to(dtype)
-    a, weight = layer.lora_A[adapter].weight.to(dtype), base.weight.to(dtype)
+    base, weight = layer.base_layer, layer.base_layer.weight.to(dtype)
+    a, b = (factor[adapter].weight.to(dtype) for factor in (layer.lora_A, layer.lora_B))
     bias = None if base.bias is None else base.bias.to(dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     mask, scale = mask_and_scale(layer, adapter, rows)
@@ -41,6 +33,24 @@ def fused_forward(
             rows, weight, bias, a, b, scale, mask
         )
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def fused_update(layer: Any, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``fused_forward``, where the base has a product of its own, as quantised ones have.
+
+    Beside PEFT's forward it saves the passes that copy the base's output and scale the update.
+    ``adapter`` is what ``fusable_update`` says of the layer, ``dtype`` what ``update_dtype`` says; the
+    result has the dtype of the base's output.
+    """
+    result = layer.base_layer(x)
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    a, b = (factor[adapter].weight.to(dtype) for factor in (layer.lora_A, layer.lora_B))
+    mask, scale = mask_and_scale(layer, adapter, rows)
+    with no_autocast(x):
+        y: Tensor = LoraUpdate.apply(  # type: ignore[no-untyped-call]  # torch's
+            result.reshape(-1, result.shape[-1]), rows, a, b, scale, mask
+        )
+    return y.view(result.shape)
 
 
 class LoraLinear(torch.autograd.Function):
@@ -83,6 +93,40 @@ class LoraLinear(torch.autograd.Function):
             if dx is not None:
                 dx = dx.addmm_(dy, weight)
         return dx, None, None, da, db, None, None
+
+
+class LoraUpdate(torch.autograd.Function):
+    """y = result + scale · z Bᵀ,  z = (mask ⊙ x) Aᵀ;  gradients as in ``LoraLinear``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Return y like result (tokens, out) for x and mask (tokens, in), A (r, in), B (out, r)."""
+        z = masked(x, mask) @ a.T
+        ctx.save_for_backward(x, a, b, z, mask)
+        ctx.scale = scale
+        if result.dtype == z.dtype:
+            return torch.addmm(result, z, b.T, alpha=scale)
+        return torch.add(result, (z @ b.T).to(result.dtype), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of result, x, A and B that are asked for."""
+        (dy,) = grads
+        x, a, b, z, mask = ctx.saved_tensors
+        wants_result, *wants = ctx.needs_input_grad[:4]
+        with no_autocast(dy):  # whoever calls backward() inside autocast
+            if torch.is_grad_enabled():  # to be differentiated again: z must know its origin
+                z = masked(x, mask) @ a.T
+            dx, da, db = update_gradients(dy.to(x.dtype), x, a, b, z, mask, ctx.scale, tuple(wants))
+        return dy if wants_result else None, dx, da, db, None, None
 
 
 def update_gradients(

@@ -9,31 +9,25 @@ from peft.tuners.lora import bnb
 from torch import Tensor
 
 from dynlora.fused.conditions import fusable_update, is_training, update_dtype
-from dynlora.fused.update import fused_update
+from dynlora.fused.linear import fused_update
 
 
-class FusedLinear4bit(bnb.Linear4bit):  # type: ignore[misc]  # peft is untyped
-    """PEFT's LoRA layer over 4-bit weights with a fused update."""
+class _FusedUpdate:
+    """PEFT's LoRA layer over quantised weights; its update is fused wherever that computes the same."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return (..., out) for x (..., in); further arguments are PEFT's and take its forward."""
-        y = None if args or kwargs else _fused(self, x)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        is_plain_call = is_training(self) and not args and not kwargs
+        adapter = fusable_update(self) if is_plain_call else None
+        dtype = None if adapter is None else update_dtype(self, adapter, x)
+        if adapter is None or dtype is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's class, beside it
+        return fused_update(self, adapter, x, dtype)
 
 
-class FusedLinear8bitLt(bnb.Linear8bitLt):  # type: ignore[misc]  # peft is untyped
-    """PEFT's LoRA layer over 8-bit weights with a fused update."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return (..., out) for x (..., in); further arguments are PEFT's and take its forward."""
-        y = None if args or kwargs else _fused(self, x)
-        return super().forward(x, *args, **kwargs) if y is None else y
+class FusedLinear4bit(_FusedUpdate, bnb.Linear4bit):  # type: ignore[misc]  # peft is untyped
+    """The same over 4-bit weights."""
 
 
-def _fused(layer: Any, x: Tensor) -> Tensor | None:
-    """What the layer computes for x, or None where only PEFT's forward can tell."""
-    adapter = fusable_update(layer) if is_training(layer) else None
-    dtype = None if adapter is None else update_dtype(layer, adapter, x)
-    if adapter is None or dtype is None:
-        return None
-    return fused_update(layer, adapter, x, dtype)
+class FusedLinear8bitLt(_FusedUpdate, bnb.Linear8bitLt):  # type: ignore[misc]  # peft is untyped
+    """The same over 8-bit weights."""
