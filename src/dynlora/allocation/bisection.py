@@ -32,17 +32,10 @@ def smallest_budget(
 ) -> BudgetCurve:
     """Bisect between ``lowest`` and ``total`` for the smallest budget within the tolerance.
 
-    A budget is accepted if loss ≤ reference · (1 + tolerance). Steps are taken on a logarithmic scale,
-    since what is asked is "half? a quarter? an eighth?". The loss is taken to fall with the budget; where
-    it does not, the result is still a budget whose own loss was measured and accepted.
-
-    Args:
-        loss_at: loss with the best components of that budget.
-        lowest: smallest budget to try, at least 1.
-        total: the budget of all components.
-        reference: loss with all components, positive.
-        tolerance: relative rise of the loss that is accepted, 0 or more.
-        tries: how many budgets to try.
+    A budget is accepted if loss_at(budget) ≤ reference · (1 + tolerance), where the reference is the loss
+    at ``total``. Steps are taken on a logarithmic scale, since what is asked is "half? a quarter? an
+    eighth?". The loss is taken to fall with the budget; where it does not, the result is still a budget
+    whose own loss was measured and accepted, in at most ``tries``.
 
     Examples:
         >>> curve = smallest_budget(lambda b: 1 + 1 / b, lowest=1, total=128, reference=1.0, tolerance=0.05)

@@ -42,11 +42,7 @@ def component_norms(products: Tensor) -> Tensor:
 
     ‖cᵢ bᵢ aᵢᵀ‖_F = |cᵢ| ‖aᵢ‖ ‖bᵢ‖                                         [numerator of Eq. 7]
 
-    Args:
-        products: what ``component_products`` gives, (..., rank, rank).
-
-    Returns:
-        (..., rank), never negative.
+    Takes what ``component_products`` gives, (..., rank, rank); returns (..., rank), never negative.
 
     Examples:
         >>> a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]])
@@ -61,11 +57,8 @@ def update_norm(products: Tensor) -> Tensor:
 
     ‖ΔW‖_F = ‖Σᵢ cᵢ bᵢ aᵢᵀ‖_F = sqrt(Σᵢⱼ cᵢ cⱼ (aᵢ·aⱼ) (bᵢ·bⱼ))          [denominator of Eq. 7]
 
-    Args:
-        products: what ``component_products`` gives, (..., rank, rank).
-
-    Returns:
-        (...,), never negative; rounding below zero is cut off where components cancel.
+    Takes what ``component_products`` gives, (..., rank, rank); returns (...,), never negative: rounding
+    below zero is cut off where components cancel.
 
     Examples:
         >>> update_norm(component_products(torch.eye(2), torch.eye(2), torch.tensor([3.0, 4.0])))
@@ -80,11 +73,8 @@ def component_importance(products: Tensor) -> Tensor:
     sᵢ = ‖cᵢ bᵢ aᵢᵀ‖_F / (‖ΔW‖_F + 1e-8)                                   [Eq. 7; 1e-8 is ours
     and the official code's]
 
-    Args:
-        products: what ``component_products`` gives, (..., rank, rank).
-
-    Returns:
-        (..., rank), never negative; may exceed 1 where components cancel each other.
+    Takes what ``component_products`` gives, (..., rank, rank); returns (..., rank), never negative; it
+    may exceed 1 where components cancel each other.
 
     Examples:
         >>> component_importance(torch.diag(torch.tensor([9.0, 16.0])))

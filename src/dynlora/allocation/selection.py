@@ -49,9 +49,13 @@ def select_components(
     density = (scores.double() / costs.to(scores.device)).cpu()
     price = costs.tolist()
     order = density.argsort(descending=True, stable=True).tolist()
-    if any(floors):
-        first = _best_of_each(order, sizes, floors)
-        order = [i for i in order if i in first] + [i for i in order if i not in first]
+    module = [m for m, size in enumerate(sizes) for _ in range(size)]
+    left_of, first = list(floors), set()
+    for i in order if any(floors) else ():
+        if left_of[module[i]]:
+            left_of[module[i]] -= 1
+            first.add(i)
+    order.sort(key=lambda i: i not in first)  # stable
     keep = torch.zeros(len(price), dtype=torch.bool)
     left, cheapest = budget, min(price, default=1)
     for i in order:
@@ -61,15 +65,3 @@ def select_components(
             keep[i] = True
             left -= price[i]
     return keep.to(scores.device)
-
-
-def _best_of_each(order: Sequence[int], sizes: Sequence[int], floors: Sequence[int]) -> set[int]:
-    """The components of each module that come first in ``order``, as many as its floor."""
-    module = [m for m, size in enumerate(sizes) for _ in range(size)]
-    left = list(floors)
-    first = set()
-    for i in order:
-        if left[module[i]]:
-            left[module[i]] -= 1
-            first.add(i)
-    return first

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -76,83 +77,69 @@ class Settings:
         """Fill in the end of the window, and check every rule."""
         if self.prune_end is None:
             object.__setattr__(self, "prune_end", 0.7 if self.is_auto else 0.5)
-        self._check_ranks()
-        self._check_window()
-        for name, kind in (("importance", Importance), ("budget", Budget)):
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
-        for name in ("revival", "compact"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if not is_number(self.ema_beta) or not 0 <= self.ema_beta < 1:
-            raise ValueError(f"ema_beta={self.ema_beta!r} must lie in [0, 1); the paper uses 0.9.")
-        if not is_number(self.dem_weight) or not self.dem_weight >= 0:
-            raise ValueError(
-                f"dem_weight={self.dem_weight!r} must be 0 or more: a negative weight would reward uneven "
-                "components. 0 switches DEM off; the paper uses 0.1 to 0.5."
-            )
-        if self.total_steps is not None and not (
-            is_integer(self.total_steps) and self.total_steps > 0
-        ):
-            raise ValueError(
-                f"total_steps={self.total_steps!r} must be an integer of at least 1, in optimizer "
-                "steps, or None to take it from the Trainer or RankAllocator."
-            )
+        check_rules(self._rules())
 
     @property
     def is_auto(self) -> bool:
         """Whether the budget is found by held-out loss."""
         return self.target_r == "auto"
 
-    def _check_ranks(self) -> None:
-        if not is_number(self.tolerance) or not self.tolerance > 0:
-            raise ValueError(
-                f"tolerance={self.tolerance!r} must be a number above 0: the relative rise of the held-out "
-                "loss that target_r='auto' accepts, such as 0.02."
-            )
-        if self.is_auto:
-            if not is_integer(self.min_r) or self.min_r < 0:
-                raise ValueError(
-                    f"min_r={self.min_r!r} must be an integer of at least 0: the "
-                    "components that every module keeps."
-                )
-            return
-        if not is_number(self.target_r) or not float(self.target_r) > 0:
-            raise ValueError(
-                f"target_r={self.target_r!r} must be a number above 0, the mean rank per module at the "
-                "end (0.5 is one component for every two modules), or 'auto'."
-            )
-        if not is_integer(self.min_r) or not 0 <= self.min_r <= float(self.target_r):
-            raise ValueError(
-                f"min_r={self.min_r!r} must be an integer from 0 to target_r={self.target_r}: the "
-                "components that every module keeps."
-            )
-
-    def _check_window(self) -> None:
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        yield (
+            is_number(self.tolerance) and self.tolerance > 0,
+            f"tolerance={self.tolerance!r} must be a number above 0: the relative rise of the held-out "
+            "loss that target_r='auto' accepts, such as 0.02.",
+        )
+        yield (
+            self.is_auto or (is_number(self.target_r) and float(self.target_r) > 0),
+            f"target_r={self.target_r!r} must be a number above 0, the mean rank per module at the end "
+            "(0.5 is one component for every two modules), or 'auto'.",
+        )
+        to = "" if self.is_auto else f" to target_r={self.target_r}"
+        yield (
+            is_integer(self.min_r)
+            and self.min_r >= 0
+            and (self.is_auto or self.min_r <= float(self.target_r)),
+            f"min_r={self.min_r!r} must be an integer from 0{to}: the components that every module keeps.",
+        )
         start, end = self.prune_start, self.prune_end
-        if not (is_number(start) and is_number(end) and 0 <= start < end <= 1):
-            raise ValueError(
-                f"prune_start={start!r}, prune_end={end!r} must satisfy "
-                "0 <= prune_start < prune_end <= 1: shares of the run; the paper uses 0.15 and 0.5."
-            )
-        if not is_integer(self.prune_interval) or self.prune_interval < 1:
-            raise ValueError(
-                f"prune_interval={self.prune_interval!r} must be an integer of at least 1, in "
-                "optimizer steps; the paper uses 10 to 100."
-            )
+        yield (
+            is_number(start) and is_number(end) and 0 <= start < end <= 1,
+            f"prune_start={start!r}, prune_end={end!r} must satisfy 0 <= prune_start < prune_end <= 1: "
+            "shares of the run; the paper uses 0.15 and 0.5.",
+        )
+        yield (
+            is_integer(self.prune_interval) and self.prune_interval >= 1,
+            f"prune_interval={self.prune_interval!r} must be an integer of at least 1, in optimizer steps; "
+            "the paper uses 10 to 100.",
+        )
+        for name, kind in (("importance", Importance), ("budget", Budget)):
+            value, known = getattr(self, name), get_args(kind)
+            yield value in known, f"{name}={value!r} must be one of {', '.join(map(repr, known))}."
+        for name in ("revival", "compact"):
+            value = getattr(self, name)
+            yield isinstance(value, bool), f"{name}={value!r} must be True or False."
+        yield (
+            is_number(self.ema_beta) and 0 <= self.ema_beta < 1,
+            f"ema_beta={self.ema_beta!r} must lie in [0, 1); the paper uses 0.9.",
+        )
+        yield (
+            is_number(self.dem_weight) and self.dem_weight >= 0,
+            f"dem_weight={self.dem_weight!r} must be 0 or more: a negative weight would reward uneven "
+            "components. 0 switches DEM off; the paper uses 0.1 to 0.5.",
+        )
+        yield (
+            self.total_steps is None or (is_integer(self.total_steps) and self.total_steps > 0),
+            f"total_steps={self.total_steps!r} must be an integer of at least 1, in optimizer steps, or "
+            "None to take it from the Trainer or RankAllocator.",
+        )
 
 
 def settings_from(given: dict[str, Any], *, preset: str | None = None, where: str) -> Settings:
-    """Settings from keyword arguments, with a preset below them.
-
-    Args:
-        given: by field name.
-        preset: ``paper`` fills in its values for the fields that are not given.
-        where: what the user called, for messages.
+    """Settings from keyword arguments by field name, with a preset below them.
 
     Raises:
-        TypeError: a name is unknown; the message proposes the nearest one.
+        TypeError: ``where``, which the user called, has no such argument; the nearest one is proposed.
         ValueError: ``target_r`` is missing, the preset is unknown, or a rule of Settings is broken.
     """
     known = [field.name for field in dataclasses.fields(Settings)]
@@ -171,6 +158,13 @@ def settings_from(given: dict[str, Any], *, preset: str | None = None, where: st
             "at the end, such as target_r=8, or target_r='auto'."
         )
     return Settings(**{**(PAPER if preset == "paper" else {}), **given})
+
+
+def check_rules(rules: Iterable[tuple[bool, str]]) -> None:
+    """Raise ValueError with the message of the first rule that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
 
 
 def is_number(value: object) -> bool:
