@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
@@ -81,10 +80,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ) -> None:
         if target_r is not None:
             settings["target_r"] = target_r
-        if settings:
-            settings_from(
-                settings, preset=preset, where="DynLoraCallback"
-            )  # fail here, not in train()
+        if settings:  # fail here, not in train()
+            settings_from(settings, preset=preset, where="DynLoraCallback")
         if not is_integer(eval_batches) or eval_batches < 1:
             raise ValueError(
                 f"eval_batches={eval_batches!r} must be an integer of at least 1: how many "
@@ -107,8 +104,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self.ranks: dict[str, int] = {}
         self._start: AdapterStart | None = None
         self._follower: CheckpointFollower | None = None
-        self._skipped = 0
-        self._seen = 0
+        self._saw_trainer_built = False
+        self._skipped = self._seen = 0
         self._is_complete = False
         self._file: HistoryFile | None = None  # of the first process
         self._plan: dict[str, Any] = {}  # when the run began, before any checkpoint
@@ -132,20 +129,12 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         return {"args": arguments, "attributes": {"progress": progress}}
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module | None = None,
-        **_kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the model take the ranks of a checkpoint that it is resumed from.
-
-        Raises:
-            ValueError: Trainer is asked to rebuild callbacks from the checkpoint.
-        """
+        """Let the model take the ranks of a checkpoint that it is resumed from."""
         _refuse_rebuilt_callbacks(args)
+        self._saw_trainer_built = True
+        model = kwargs.get("model")
         if model is None or not any(is_lora(c) for c in configs_of(model).values()):
             return  # model_init builds another, or on_train_begin says what is missing
         self._stop_following()
@@ -154,27 +143,29 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self._follower = CheckpointFollower(model, self._start)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Any,
-        **_kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Build the allocator; on a resumed run, restore its progress."""
         _refuse_rebuilt_callbacks(args)
+        if not self._saw_trainer_built and args.save_strategy != "no":
+            warnings.warn(
+                "DynLoraCallback was added to a Trainer that had already been built. A run that is resumed "
+                "in this way cannot load checkpoints from after the freeze: PEFT reports a size mismatch. "
+                "Pass callbacks=[DynLoraCallback(...)] to the Trainer, or call callback.on_init_end("
+                "trainer.args, trainer.state, trainer.control, model=trainer.model) before train().",
+                stacklevel=2,
+            )
         if self.allocator:  # of an earlier run, interrupted or finished
             self.allocator.detach()
         self.ranks = {}
         start = self._start
+        model = kwargs["model"]
         if start is None or not start.is_of(model):
             start = AdapterStart.of(model, self.adapter)
         target_r = self.settings.get("target_r", getattr(start.config, "target_r", None))
         self.allocator = RankAllocator(
             model,
-            optimizer,
+            kwargs["optimizer"],
             total_steps=state.max_steps,
             adapter=self.adapter,
             score=self.score,
@@ -194,20 +185,14 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._open_history(args, state)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        **_kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Undo the one extra step that Trainer makes when a finished run is resumed.
 
         A run killed between its last checkpoint and its end would otherwise end elsewhere.
         """
         if self._is_complete:
-            for parameter in model.parameters():
+            for parameter in kwargs["model"].parameters():
                 parameter.grad = None  # torch optimizers leave such parameters alone
 
     def on_step_end(
@@ -232,16 +217,11 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, Any],
-        **_kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep what Trainer logs, evaluations included, beside the prune events."""
         if not self._is_complete:
+            logs = kwargs["logs"]
             self._write("log", step=state.global_step, logs=logs, memory_bytes=memory_bytes())
 
     def on_save(
@@ -287,11 +267,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self._follower = None
 
     def _saved_progress(self, state: TrainerState) -> dict[str, Any]:
-        """The progress of this callback's adapter in a checkpoint.
-
-        Raises:
-            ValueError: it holds none.
-        """
+        """The progress of this callback's adapter in a checkpoint; ValueError if it holds none."""
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         entries = saved if isinstance(saved, list) else [saved]
         found = [p for e in entries if (p := e.get("attributes", {}).get("progress")) is not None]
@@ -307,8 +283,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     def _open_history(self, args: TrainingArguments, state: TrainerState) -> None:
         """Begin ``history.jsonl``, or take it up where the checkpoint was written."""
         allocator = self._running()
-        self._written = len(allocator.history)
-        self._file = None
+        self._written, self._file = len(allocator.history), None
         if not state.is_world_process_zero:
             return
         step = state.global_step
@@ -329,15 +304,9 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
 
     def _write_end(self, allocator: RankAllocator, cost: int) -> None:
         self._write_prune_events()
-        self._write(
-            "end",
-            step=allocator.step,
-            ranks=self.ranks,
-            live=sum(self.ranks.values()),
-            cost=cost,
-            is_frozen=allocator.is_frozen,
-            memory_bytes=memory_bytes(),
-        )
+        at_end = {"ranks": self.ranks, "live": sum(self.ranks.values()), "cost": cost}
+        at_end |= {"is_frozen": allocator.is_frozen, "memory_bytes": memory_bytes()}
+        self._write("end", step=allocator.step, **at_end)
 
     def _write(self, event: str, **fields: Any) -> None:
         if self._file is not None:
@@ -365,11 +334,8 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         The folder of the checkpoint, or None to start from the beginning.
     """
-    folders = Path(output_dir).glob("checkpoint-*")
-    steps = {
-        int(f.name.partition("-")[2]): f for f in folders if f.name.partition("-")[2].isdigit()
-    }
-    for _, folder in sorted(steps.items(), reverse=True):
+    named = [(f.name.partition("-")[2], f) for f in Path(output_dir).glob("checkpoint-*")]
+    for _, folder in sorted(((int(n), f) for n, f in named if n.isdigit()), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):

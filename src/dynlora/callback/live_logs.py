@@ -7,7 +7,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from dynlora.allocator import RankAllocator
-from dynlora.lora.components import sum_of_ranks
 
 PREFIX = "dynlora/"
 
@@ -17,9 +16,10 @@ RankImage = Callable[[Mapping[str, int]], Any]
 
 def live_fields(allocator: RankAllocator) -> dict[str, float]:
     """What is logged: mean rank, live components, cost against budget, and how many came back."""
+    live = sum(allocator.ranks().values())
     fields = {
-        "mean_rank": sum_of_ranks(allocator.modules) / len(allocator.modules),
-        "live_components": sum_of_ranks(allocator.modules),
+        "mean_rank": live / len(allocator.modules),
+        "live_components": live,
         "cost": allocator.cost,
         "budget": allocator.budget,
         "revived": sum(event["revived"] for event in allocator.history),
@@ -58,15 +58,10 @@ class LiveLogs(TrainerCallback):  # type: ignore[misc]  # transformers is untype
                 writer.add_image(f"{PREFIX}ranks", image, event["step"], dataformats="HWC")
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, Any],
-        **_kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Extend the log of a training step, where it is shown and where it is kept."""
+        logs = kwargs["logs"]
         if "loss" not in logs:
             return
         fields = live_fields(self.allocator)
@@ -76,12 +71,7 @@ class LiveLogs(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
 
 def put_first(live: LiveLogs, handler: CallbackHandler | None) -> None:
-    """Put ``live`` before all callbacks of a Trainer, in place of one of an earlier run.
-
-    Args:
-        live: what to put there.
-        handler: the Trainer's callback handler; None leaves reporters without the live fields.
-    """
+    """Put ``live`` before a Trainer's callbacks, in place of an earlier run's; None leaves it out."""
     live.handler = handler
     if handler is not None:  # a new list: the handler may be going through the old one
         handler.callbacks = [live, *(c for c in handler.callbacks if not isinstance(c, LiveLogs))]
