@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils.peft_types import PeftType
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -28,6 +28,7 @@ __all__ = [
     "is_inner_step",
     "prepared_inputs",
     "rebuild_reducer_",
+    "stand_in",
     "uncompiled",
     "without_active_adapter",
 ]
@@ -81,6 +82,17 @@ def without_active_adapter(layer: Any) -> Iterator[None]:
         yield
     finally:
         layer._active_adapter = active
+
+
+@contextmanager
+def stand_in(holder: nn.Module, name: str, tensor: Tensor) -> Iterator[None]:
+    """Let a tensor stand in for a parameter; the order of parameters, which optimizers save, stays."""
+    parameter = holder._parameters[name]
+    holder._parameters[name] = tensor  # type: ignore[assignment]  # no parameter, but with its gradient
+    try:
+        yield
+    finally:
+        holder._parameters[name] = parameter
 
 
 def extended_peft_type(name: str) -> PeftType:

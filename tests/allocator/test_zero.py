@@ -17,8 +17,8 @@ from dynlora.lora.sharding import (
     full_shape,
     full_tensor,
     scale_all_,
+    unwrap_engine,
 )
-from dynlora.lora.zero import unwrap_engine
 
 RUN = {"target_r": 0.5, "dem_weight": 0.2}  # modules end at rank 0
 STEPS = 30

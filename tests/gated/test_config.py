@@ -24,7 +24,9 @@ def test_defaults_are_the_promised_ones():
     assert isinstance(config, LoraConfig)
 
 
-@pytest.mark.parametrize(("target", "initial"), [(1, 2), (2, 3), (8, 12), (0.5, 1), (2.5, 4)])
+@pytest.mark.parametrize(
+    ("target", "initial"), [(1, 2), (2, 3), (8, 12), (0.5, 1), (2.5, 4), ("auto", 16)]
+)
 def test_init_r_is_one_and_a_half_times_target_r(target, initial):
     assert DynLoraConfig(target_r=target).init_r == initial
     assert DynLoraConfig(target_r=target).r == initial
@@ -77,12 +79,13 @@ OWN = [
     ({"init_std": 0.0}, r"init_std=0.0 must be a number above 0.*or None"),
     ({"preset": "best"}, r"preset='best' must be 'paper' or None"),
     ({"rank_pattern": {"q": -1}}, r"rank_pattern=\{'q': -1\} must hold integers of at least 0"),
-    ({"alpha_pattern": {"q": 0}}, r"alpha_pattern=\{'q': 0\} must hold numbers above 0"),
+    ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\]=0 must be a number above 0"),
     ({"lora_alpha": 0}, r"lora_alpha=0 must be a number above 0"),
     ({"lora_dropout": 1}, r"lora_dropout=1 must be a number in"),
-    ({"use_dora": True}, r"use_dora=True cannot be combined with gates: .*weight-decomposed"),
+    ({"use_dora": True}, r"use_dora=True cannot be combined with rank alloc.*weight-decomposed"),
     ({"lora_bias": True}, r"lora_bias=True cannot be combined"),
-    ({"target_parameters": ["w"]}, r"target_parameters=\['w'\] cannot be combined"),
+    ({"target_parameters": ["w"]}, r"target_parameters=\['w'\] cannot be combined with gates"),
+    ({"megatron_config": {"a": 1}}, r"megatron_config=.* cannot be combined with gates"),
     ({"layer_replication": [(0, 2)]}, r"layer_replication=.* cannot be combined"),
     ({"ensure_weight_tying": True}, r"ensure_weight_tying=True cannot be combined"),
     ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' must be True or False.*init_std"),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, LoraModel
-from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from dynlora import DynLoraConfig, export_lora, finalize_
@@ -26,6 +25,7 @@ from tiny_models import (
     tiny_t5,
     train,
 )
+from wrong_uses import grouped
 
 MODELS = {
     "llama": (tiny_llama, {}),
@@ -168,6 +168,15 @@ def test_transformers_adds_saves_and_loads_an_adapter_in_training(tmp_path, mome
     equal(logits(loaded), logits(model), atol=0)
 
 
+def test_auto_starts_at_rank_16_and_waits_for_its_allocator():
+    model = adapted(gated=True, target_r="auto", init_r=None)
+    assert {m.rank for m in find_components(model, "default")} == {16}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(**batch(model.get_base_model())).loss.backward()
+    with pytest.raises(RuntimeError, match="is being trained without a RankAllocator"):
+        optimizer.step()
+
+
 def test_an_injected_adapter_is_allocated_and_finalized():
     model = inject_adapter_in_model(config(gated=True), tiny_llama())
     allocator = train(model)
@@ -260,9 +269,9 @@ def test_gates_cannot_be_weighted_but_finished_adapters_can():
 
 
 def test_a_grouped_convolution_is_refused():
-    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match="matches '0', a convolution with groups=2"):
-        get_peft_model(net, config(gated=True, target_modules=["0"]))
+    model = grouped(config(gated=True, target_modules=["0"]))
+    with pytest.raises(ValueError, match="'0' is a convolution with groups=2"):
+        train(model)
 
 
 def test_a_mixed_model_is_refused_by_name():

@@ -185,7 +185,6 @@ GATED = {
     "weighted gated adapters": lambda _: adapted(gated=True).add_weighted_adapter(
         ["default"], [1.0], "new"
     ),
-    "grouped convolution with gates": lambda _: grouped(DynLoraConfig(target_modules=["0"])),
     **{
         f"DynLoraConfig {fields}": lambda _, fields=fields: DynLoraConfig(**fields)
         for fields in (

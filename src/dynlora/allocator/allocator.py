@@ -9,22 +9,13 @@ from torch.optim import Optimizer
 
 from dynlora import allocation
 from dynlora._private import can_rebuild, is_inner_step, rebuild_reducer_
-from dynlora.allocator import guard
+from dynlora.allocator import checks, guard
 from dynlora.allocator.auto import BudgetSearch, Choice, Evaluate
-from dynlora.allocator.averaged_copies import AveragedCopies
-from dynlora.allocator.checks import (
-    FiniteGuard,
-    check_optimizer,
-    check_target,
-    check_weights,
-    known_evaluate,
-    known_total_steps,
-    reading_is_free,
-)
+from dynlora.allocator.checks import reading_is_free
 from dynlora.allocator.compaction import compact_, forget_parameters_
+from dynlora.allocator.copies import AveragedCopies
 from dynlora.allocator.dem import add_dem_to_gradients_
 from dynlora.allocator.masks import Masks
-from dynlora.allocator.outside_copies import warn_of_outside_copies
 from dynlora.allocator.processes import DdpFinder, broadcast_choice, world_size
 from dynlora.allocator.record import prune_event
 from dynlora.allocator.resume import (
@@ -34,7 +25,7 @@ from dynlora.allocator.resume import (
     restore_scores_,
     saved_scores,
 )
-from dynlora.allocator.scores import Score, scorer
+from dynlora.allocator.scores import ImportanceScore, OwnScore, Score
 from dynlora.allocator.step_hooks import (
     attach,
     loss_scale,
@@ -100,47 +91,55 @@ class RankAllocator:
         start: AdapterStart | None = None,
         **settings: Any,
     ) -> None:
-        self._begun = AdapterStart.of(model, adapter) if start is None else start
-        self.adapter, self.modules = self._begun.name, self._begun.modules
-        kind = getattr(
-            self._begun.config, "adapter_class", LoraAdapter
-        )  # a DynLoraConfig has its own
-        self._adapter: LoraAdapter = kind(model, self._begun)
+        begun = AdapterStart.of(model, adapter) if start is None else start
+        self._begun, self.adapter, self.modules = begun, begun.name, begun.modules
+        kind = getattr(begun.config, "adapter_class", LoraAdapter)  # a DynLoraConfig has its own
+        self._adapter: LoraAdapter = kind(model, begun)
         self.settings = self._adapter.settings(settings, preset)
-        self.score = scorer(self.settings, score)
+        self.score = ImportanceScore(self.settings) if score is None else OwnScore(score)
         self._adapter.check()
         if not any(m.is_trainable for m in self.modules):
             raise ValueError(
                 f"adapter={self.adapter!r} is not trainable: nothing that scores its components requires "
-                f"gradients, such as {_probe_name(self.modules)}. Load it with is_trainable=True, activate "
-                "it with model.set_adapter(...), or unfreeze that parameter."
+                f"gradients, such as {self.present[0].probes[0].name} of {self.present[0].path!r}. Load it "
+                "with is_trainable=True, activate it with model.set_adapter(...), or unfreeze that "
+                "parameter."
             )
-        self.total_steps = known_total_steps(self.settings, total_steps)
+        self.total_steps = checks.check_total_steps(self.settings, total_steps)
         self.start, self.stop = allocation.pruning_window(
             self.total_steps,
             prune_start=self.settings.prune_start,
             prune_end=self.settings.prune_end,
         )
-        self._costs = self._component_costs()
-        self.total_cost = sum(
-            cost * rank for cost, rank in zip(self._costs, self._begun.ranks.values(), strict=True)
-        )
-        self.evaluate = known_evaluate(self.settings, evaluate, self.modules)
-        self.target_cost = self._known_target()
+        in_components = self.settings.budget == "components"
+        self._costs = [1 if in_components else max(1, size) for size in begun.sizes.values()]
+        ranks = begun.ranks.values()
+        self.total_cost = sum(cost * rank for cost, rank in zip(self._costs, ranks, strict=True))
+        checks.check_evaluate(self.settings, evaluate, self.modules)
+        self.evaluate = evaluate
+        self.target_cost = self.total_cost  # of "auto" until the freeze
+        if (target_r := self.settings.target_r) != "auto":
+            self.target_cost = allocation.target_cost(
+                target_r, self._costs, in_components=in_components
+            )
         self._floors = [max(self.settings.min_r, not m.can_drop) for m in self.modules]
-        needed = sum(f * c for f, c in zip(self._floors, self._costs, strict=True))
-        check_target(
-            self.settings, self.target_cost, self.total_cost, needed, self._costs, self.modules
+        checks.check_target(
+            self.settings,
+            self.target_cost,
+            self.total_cost,
+            self._costs,
+            self._floors,
+            self.modules,
         )
         self.step = 0
         self.is_frozen = False
         self.history: list[dict[str, Any]] = []
         self._final_ranks: dict[str, int] | None = None
-        self._guard = FiniteGuard()
+        self._guard = checks.FiniteGuard()
         self._copies = AveragedCopies(self.adapter)
         self._masks = Masks([])
         self.optimizer = steppable(optimizer)
-        check_optimizer(self.optimizer, self.present)
+        checks.check_optimizer(self.optimizer, self.present)
         guard.attach(self)
         self._parameters = [f.parameter for m in self.present for f in m.factors]
         for module in self.present:
@@ -176,37 +175,22 @@ class RankAllocator:
 
     def _equation(self) -> dict[str, int]:
         """What Eq. 9 is computed from."""
-        return {
-            "total": self.total_cost,
-            "target": self.target_cost,
-            "start": self.start,
-            "stop": self.stop,
-        }
-
-    def _component_costs(self) -> list[int]:
-        if self.settings.budget == "components":
-            return [1] * len(self.modules)
-        return [max(1, size) for size in self._begun.sizes.values()]
-
-    def _known_target(self) -> int:
-        if self.settings.target_r == "auto":
-            return self.total_cost  # until the freeze
-        return allocation.target_cost(
-            self.settings.target_r, self._costs, in_components=self.settings.budget == "components"
-        )
+        costs = {"total": self.total_cost, "target": self.target_cost}
+        return {**costs, "start": self.start, "stop": self.stop}
 
     def plan(self) -> dict[str, Any]:
         """The run as it is meant to go, for its record; plain numbers.
 
         Returns:
             total_steps, importance (its name, or "own" for a ``score``), budget (parameters or
-            components), window (t₀, t₁), schedule (step and budget of each prune event), ranks (now, by
-            module name), component_sizes (parameters of one component, by module name), total_cost,
-            target_cost, and lora (fields of the LoraConfig that the run began with).
+            components), window (t₀, t₁), schedule (step and budget of each prune event), total_cost,
+            target_cost, ranks and component_sizes (in parameters) by module name, and lora (fields of the
+            LoraConfig that the run began with).
         """
-        events = allocation.prune_plan(**self._equation(), interval=self.settings.prune_interval)
-        if self.settings.is_auto:
-            events = [(self.stop, self.target_cost)]
+        events = [(self.stop, self.target_cost)]
+        if not self.settings.is_auto:
+            interval = self.settings.prune_interval
+            events = allocation.prune_plan(**self._equation(), interval=interval)
         return {
             "total_steps": self.total_steps,
             "importance": self.score.name,
@@ -294,7 +278,7 @@ class RankAllocator:
             NotFiniteError: they were.
         """
         self._guard.read(step=self.step)
-        check_weights(self.modules)
+        checks.check_weights(self.modules)
 
     def state_dict(self) -> dict[str, Any]:
         """Progress, scores and masks of the run, plain numbers only (JSON)."""
@@ -377,19 +361,14 @@ class RankAllocator:
         self.step += 1
         if not self.is_frozen:
             self.score(self.present, self.step)
-            if self._is_prune_step():
+            first = self.stop - 1 if self.settings.is_auto else self.start
+            interval = self.settings.prune_interval
+            if allocation.is_prune_step(self.step, start=first, stop=self.stop, interval=interval):
                 self._prune()
         if self.step == self.stop:
             self._freeze()
         elif self.is_frozen or not self.settings.revival:
             self._masks.apply_()
-
-    def _is_prune_step(self) -> bool:
-        if self.settings.is_auto:
-            return self.step == self.stop
-        return allocation.is_prune_step(
-            self.step, start=self.start, stop=self.stop, interval=self.settings.prune_interval
-        )
 
     def _prune(self, *, is_last: bool = False) -> None:
         """Keep the components with the most score per cost in the whole model; the others become 0.
@@ -422,7 +401,7 @@ class RankAllocator:
 
     def _search(self) -> Choice:
         """Find the budget by held-out loss, and turn the components if their energy decides."""
-        assert self.evaluate is not None  # noqa: S101  # known_evaluate has seen to it
+        assert self.evaluate is not None  # noqa: S101  # check_evaluate has seen to it
         tolerance = self.settings.tolerance
         rows = [i for i, m in enumerate(self.modules) if not m.is_dropped]
         costs, floors = ([values[i] for i in rows] for values in (self._costs, self._floors))
@@ -453,7 +432,7 @@ class RankAllocator:
         self._copies.mask_like_(self.modules)
         self.is_frozen = True
         if self.settings.compact:
-            warn_of_outside_copies(self.modules, self._copies.models)
+            self._copies.warn_of_others(self.modules)
         ddp = self._finder.ddp
         can_shrink = self.settings.compact and (world_size() == 1 or (ddp and can_rebuild(ddp)))
         if not can_shrink or any(m.is_sharded for m in self.modules):
@@ -478,13 +457,6 @@ class RankAllocator:
         held = {id(f.parameter) for m in self.present for f in m.factors}
         gone = [p for p in self._parameters if id(p) not in held]
         forget_parameters_(optimizer, gone)
-
-
-def _probe_name(modules: list[LoraComponents]) -> str:
-    module = next(m for m in modules if not m.is_dropped)
-    probe = module.probes[0]
-    parts = (module.path, probe.container, module.adapter, probe.attribute)
-    return ".".join(filter(None, parts))
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:

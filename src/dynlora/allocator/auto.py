@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -73,11 +74,8 @@ class BudgetSearch:
         *,
         tolerance: float,
     ) -> None:
-        self.modules = modules
-        self.costs = costs
-        self.floors = floors
-        self.evaluate = evaluate
-        self.tolerance = tolerance
+        self.modules, self.costs, self.floors = modules, costs, floors
+        self.evaluate, self.tolerance = evaluate, tolerance
         self.sizes = [m.rank for m in modules]
 
     @torch.no_grad()
@@ -88,7 +86,7 @@ class BudgetSearch:
             NotFiniteError: the held-out loss of the whole adapter is NaN or infinite.
             ValueError: it is not positive.
         """
-        reference = self._loss()
+        reference = self._evaluate()
         if not math.isfinite(reference):
             raise NotFiniteError(
                 f"the held-out loss is {reference} with all components, so no smaller adapter can be "
@@ -109,66 +107,60 @@ class BudgetSearch:
         return min(found, key=lambda choice: choice.curve.budget)
 
     def _in_order(self, order: str, scores: Tensor, reference: float) -> Choice:
+        costs, floors, sizes = self.costs, self.floors, self.sizes
         prices = torch.tensor(
-            [c for c, s in zip(self.costs, self.sizes, strict=True) for _ in range(s)]
+            [c for c, size in zip(costs, sizes, strict=True) for _ in range(size)]
         )
         total = int(prices.sum())
+        needed = sum(f * c for f, c in zip(floors, costs, strict=True))
         seen = {total: reference}
 
         def loss_at(budget: int) -> float:
             if budget not in seen:
                 keep = allocation.select_components(
-                    scores, prices, budget, floors=self.floors, sizes=self.sizes
+                    scores, prices, budget, floors=floors, sizes=sizes
                 )
                 seen[budget] = self._loss(keep)
             return seen[budget]
 
-        needed = sum(f * c for f, c in zip(self.floors, self.costs, strict=True))
         curve = smallest_budget(
             loss_at,
-            lowest=max(needed, min(self.costs)),
+            lowest=max(needed, min(costs)),
             total=total,
             reference=reference,
             tolerance=self.tolerance,
         )
-        return Choice(order, curve, tuple(self._by_rank(loss_at, total, needed)), scores)
+        doubled = takewhile(lambda r: r * sum(costs) < total, (2**i for i in count()))
+        by_rank = [(r, r * sum(costs)) for r in doubled if r * sum(costs) >= needed]
+        return Choice(order, curve, tuple((r, cost, loss_at(cost)) for r, cost in by_rank), scores)
 
-    def _by_rank(
-        self, loss_at: Callable[[int], float], total: int, needed: int
-    ) -> Iterator[tuple[int, int, float]]:
-        rank = 1
-        while (cost := rank * sum(self.costs)) < total:
-            if cost >= needed:
-                yield rank, cost, loss_at(cost)
-            rank *= 2
+    def _evaluate(self) -> float:
+        """The held-out loss of the model as it is, the same on every process."""
+        return mean_over_processes(self.evaluate(), self.modules[0].ema.device)
 
-    def _loss(self, keep: Tensor | None = None) -> float:
-        """The held-out loss with the components ``keep`` only, the same on every process."""
-        if keep is None:
-            return mean_over_processes(self.evaluate(), self.modules[0].ema.device)
+    def _loss(self, keep: Tensor) -> float:
+        """The held-out loss with the components ``keep`` only."""
         held = [m.live.clone() for m in self.modules]
         with self._restored():
             for module, live in zip(self.modules, keep.split(self.sizes), strict=True):
                 module.live.copy_(live)
             Masks(self.modules).apply_()
-            loss = mean_over_processes(self.evaluate(), self.modules[0].ema.device)
+            loss = self._evaluate()
         for module, live in zip(self.modules, held, strict=True):
             module.live.copy_(live)
         return loss if math.isfinite(loss) else math.inf
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        """Give the adapter its values back afterwards, to the bit."""
-        parameters = [f.parameter for m in self.modules for f in m.factors]
-        values = [p.detach().clone() for p in parameters]
-        scores = [m.ema.clone() for m in self.modules]
+        """Give the adapter and its scores their values back afterwards, to the bit."""
+        tensors = [f.parameter.data for m in self.modules for f in m.factors]
+        tensors += [m.ema for m in self.modules]
+        values = [t.clone() for t in tensors]
         try:
             yield
         finally:
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.data.copy_(value)
-            for module, score in zip(self.modules, scores, strict=True):
-                module.ema.copy_(score)
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -11,32 +11,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dynlora.allocation import Settings
 from dynlora.allocator.processes import world_size
 from dynlora.errors import NotFiniteError
 from dynlora.lora.components import LoraComponents
-from dynlora.lora.sharding import gradient_of
+from dynlora.lora.sharding import gradient_of, local_part
 
 _FIRST_STEPS = 2
 """LoRA starts at B = 0, so all sensitivities are 0 at the first step, and with warm-up at the second."""
 
+_WAY_OUT = (
+    "Lower the learning rate, clip gradients or look for a bad batch, and go on from the last "
+    "checkpoint."
+)
 
-def known_total_steps(settings: Settings, total_steps: int | None) -> int:
-    """Optimizer steps of the whole run, from the call or the settings.
 
-    Raises:
-        ValueError: neither says it, or they differ.
-    """
+def check_total_steps(settings: Settings, total_steps: int | None) -> int:
+    """Optimizer steps of the whole run, from the call or the settings; ValueError if they differ."""
     planned = settings.total_steps
     if total_steps is None and planned is None:
         raise ValueError(
             "total_steps is unknown: the schedule needs the number of optimizer steps of the whole "
             "run. Pass RankAllocator(..., total_steps=...)."
         )
-    if total_steps is not None and planned is not None and total_steps != planned:
+    if total_steps is not None and planned not in {None, total_steps}:
         raise ValueError(
             f"total_steps={total_steps} differs from the total_steps={planned} in the adapter's config. "
             "Leave it out of the config: the Trainer or RankAllocator(..., total_steps=...) knows it."
@@ -44,16 +44,12 @@ def known_total_steps(settings: Settings, total_steps: int | None) -> int:
     return planned if total_steps is None else total_steps  # type: ignore[return-value]  # one is set
 
 
-def known_evaluate(
+def check_evaluate(
     settings: Settings, evaluate: Callable[[], float] | None, modules: Sequence[LoraComponents]
-) -> Callable[[], float] | None:
-    """The function that ``target_r="auto"`` asks, None where nobody asks.
-
-    Raises:
-        ValueError: it is missing, or the adapter is sharded over several processes.
-    """
+) -> None:
+    """Refuse ``target_r="auto"`` without a held-out loss, or on a sharded adapter."""
     if not settings.is_auto:
-        return None
+        return
     if any(m.is_sharded for m in modules):
         raise ValueError(
             "target_r='auto' tries smaller adapters in place, which one process cannot do to a model that "
@@ -64,15 +60,14 @@ def known_evaluate(
             "target_r='auto' needs a held-out loss. Give the Trainer an eval_dataset, or pass "
             "evaluate=..., a function that returns the held-out loss of the model."
         )
-    return evaluate
 
 
 def check_target(
     settings: Settings,
     target: int,
     total: int,
-    needed: int,
     costs: Sequence[int],
+    floors: Sequence[int],
     modules: Sequence[LoraComponents],
 ) -> None:
     """Refuse a target above what the adapter starts with, or below what its modules must keep.
@@ -80,14 +75,13 @@ def check_target(
     Args:
         settings: of the run.
         target: what ``target_r`` asks for.
-        total: what all components cost.
-        needed: what the components cost that every module keeps.
+        total: what all components cost at the start.
         costs: of one component of each module.
+        floors: components that each module keeps.
         modules: the adapted modules.
-
-    Raises:
-        ValueError: the target is out of this range.
     """
+    asked = f"target_r={settings.target_r} asks for {target} {settings.budget}"
+    needed = sum(f * c for f, c in zip(floors, costs, strict=True))
     if needed > target:
         fixed = [m.name for m in modules if not m.can_drop]
         why = f"every module keeps min_r={settings.min_r}"
@@ -96,38 +90,26 @@ def check_target(
                 f"{len(fixed)} of {len(modules)} modules keep one component, because they hold fused "
                 f"experts or their biases are trained, such as {fixed[0]!r}"
             )
-        raise ValueError(
-            f"target_r={settings.target_r} asks for {target} {settings.budget}, but {needed} must stay: "
-            f"{why}. Raise target_r."
-        )
+        raise ValueError(f"{asked}, but {needed} must stay: {why}. Raise target_r.")
     if target < max(
         costs
     ):  # cuts are final: what is left at last could be too large for the target
         largest = modules[costs.index(max(costs))].name
         raise ValueError(
-            f"target_r={settings.target_r} asks for {target} {settings.budget}, but one component of "
-            f"module {largest!r} has {max(costs)}, so perhaps no component could stay. Raise target_r, or "
-            "count with budget='components'."
+            f"{asked}, but one component of module {largest!r} has {max(costs)}, so perhaps no component "
+            "could stay. Raise target_r, or count with budget='components'."
         )
     if target > total:
         ranks = sorted({m.rank for m in modules})
         raise ValueError(
-            f"target_r={settings.target_r} asks for {target} {settings.budget}, but the {len(modules)} "
-            f"adapted modules start with {total}, at rank {', '.join(map(str, ranks))}: pruning only "
-            "removes components. Lower target_r, or raise r in the LoraConfig."
+            f"{asked}, but the {len(modules)} adapted modules start with {total}, at rank "
+            f"{', '.join(map(str, ranks))}: pruning only removes components. Lower target_r, or raise r in "
+            "the LoraConfig."
         )
 
 
 def check_optimizer(optimizer: Any, modules: Sequence[LoraComponents]) -> None:
-    """Refuse an optimizer that trains other parameters than the adapter's present ones.
-
-    Args:
-        optimizer: a torch or ZeRO optimizer.
-        modules: none of them dropped.
-
-    Raises:
-        ValueError: a trained parameter of the adapter is missing in it.
-    """
+    """Refuse an optimizer that lacks a trained parameter of the modules, none of which is dropped."""
     if not isinstance(optimizer, Optimizer):
         return  # ZeRO's groups hold flat copies
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -173,10 +155,7 @@ class FiniteGuard:
         Raises:
             NotFiniteError: on a CPU, a gradient holds NaN or infinity.
         """
-        gradients = [
-            g for m in modules for f in m.factors if (g := gradient_of(f.parameter)) is not None
-        ]
-        gradients = [g for g in gradients if g.numel()]
+        gradients = [g for m in modules for g in _gradients(m)]
         if reading_is_free(modules):
             self._refuse_now(modules, gradients, step)
             return
@@ -190,11 +169,7 @@ class FiniteGuard:
             self._bad[device] = is_bad if held is None else held | is_bad
 
     def read(self, *, step: int) -> None:
-        """Raise if a bad gradient was seen since the run began.
-
-        Raises:
-            NotFiniteError: one was.
-        """
+        """Raise NotFiniteError if a bad gradient was seen since the run began; waits for the device."""
         if any(bool(flag) for flag in self._bad.values()):
             raise NotFiniteError(
                 f"NaN or infinite gradient in the adapter at or before step {step}: its weights are "
@@ -204,18 +179,17 @@ class FiniteGuard:
     def _refuse_now(
         self, modules: Sequence[LoraComponents], gradients: list[Tensor], step: int
     ) -> None:
+        everywhere = torch.tensor(True)
         if gradients:
             sums = torch.stack([g.sum(dtype=torch.float32) for g in gradients])
             everywhere = torch.isfinite(sums).all()
-        else:
-            everywhere = torch.tensor(True)
         if world_size() > 1 and any(m.is_sharded for m in modules):  # others may hold the bad part
             flag = everywhere.to(torch.uint8)
             dist.all_reduce(flag, op=dist.ReduceOp.MIN)
             everywhere = flag.bool()
         if bool(everywhere):
             return
-        names = [m.name for m in modules if _has_bad_gradient(m)]
+        names = [m.name for m in modules if not all(map(_is_finite, _gradients(m)))]
         where = f"module {names[0]!r}" if names else "a module held by another process"
         raise NotFiniteError(
             f"NaN or infinite gradient at step {step} in {where} (modules with such "
@@ -223,31 +197,29 @@ class FiniteGuard:
         )
 
 
-_WAY_OUT = (
-    "Lower the learning rate, clip gradients or look for a bad batch, and go on from the last "
-    "checkpoint."
-)
+def _gradients(module: LoraComponents) -> list[Tensor]:
+    found = [gradient_of(factor.parameter) for factor in module.factors]
+    return [gradient for gradient in found if gradient is not None and gradient.numel()]
 
 
-def _has_bad_gradient(module: LoraComponents) -> bool:
-    found = [gradient_of(f.parameter) for f in module.factors]
-    return any(g is not None and not bool(torch.isfinite(g).all()) for g in found)
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 @torch.no_grad()
 def check_weights(modules: Sequence[LoraComponents]) -> None:
-    """Refuse an adapter whose weights are not finite.
-
-    Raises:
-        NotFiniteError: one holds NaN or infinity; it names the first module.
-    """
-    held = {m.name: [f.parameter for f in m.factors] for m in modules if not m.is_dropped}
-    weights = [_local(p.detach()) for parameters in held.values() for p in parameters]
-    weights = [weight for weight in weights if weight.numel()]
+    """Raise NotFiniteError, naming the first module, if weights of the adapter are not finite."""
+    held = {
+        m.name: [w for f in m.factors if (w := local_part(f.parameter.detach())).numel()]
+        for m in modules
+        if not m.is_dropped
+    }
+    weights = [weight for of_module in held.values() for weight in of_module]
     by_device = [[w for w in weights if w.device == d] for d in {w.device for w in weights}]
-    if all(_are_finite(here) for here in by_device):  # one wait for each device
-        return
-    bad = [n for n, parameters in held.items() if not all(map(_is_finite, parameters))]
+    norms = [torch._foreach_norm(here, float("inf")) for here in by_device]
+    if all(_is_finite(torch.stack([n.float() for n in here])) for here in norms):
+        return  # one wait for each device
+    bad = [name for name, of_module in held.items() if not all(map(_is_finite, of_module))]
     raise NotFiniteError(
         f"adapter weights of module {bad[0]!r} (modules with such weights: {len(bad)}) are NaN or "
         "infinite. Go on from a checkpoint before the loss became NaN, with a lower learning rate or "
@@ -255,55 +227,38 @@ def check_weights(modules: Sequence[LoraComponents]) -> None:
     )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _are_finite(tensors: list[Tensor]) -> bool:
-    norms = torch._foreach_norm(tensors, float("inf"))
-    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(_local(tensor.detach())).all())
-
-
-def check_not_all_zero(modules: Sequence[LoraComponents], *, step: int, cause: str) -> None:
-    """Refuse scores that are all 0, by which modules would be kept in the order of their names.
+def check_scores(
+    modules: Sequence[LoraComponents], *, step: int, if_zero: str, if_not_finite: str
+) -> None:
+    """Refuse scores that nothing can be decided by.
 
     In the first two steps of a run they are 0 by nature; then a warning says what was decided how.
 
+    Args:
+        modules: with scores in ``ema``.
+        step: the step just made.
+        if_zero: what makes all scores 0, for the message; modules would be kept in their order.
+        if_not_finite: where scores that are not finite come from, for the message.
+
     Raises:
-        ValueError: all are 0 later.
+        ValueError: all are 0 after the first steps.
+        NotFiniteError: a score is NaN or infinite.
     """
-    if any(bool(m.ema.any()) for m in modules):
-        return
-    if step <= _FIRST_STEPS:
+    if not any(bool(m.ema.any()) for m in modules):
+        if step > _FIRST_STEPS:
+            raise ValueError(
+                f"all scores are 0 after {step} steps, so they do not say which components to keep: "
+                f"{if_zero}."
+            )
         warnings.warn(
             f"Components are pruned at step {step}, before any has learned anything: those of the first "
             "modules are kept. Train for more steps, or set a later prune_end.",
             stacklevel=2,
         )
-        return
-    raise ValueError(
-        f"all scores are 0 after {step} steps, so they do not say which components to keep: {cause}."
-    )
-
-
-def check_importance(modules: Sequence[LoraComponents], *, step: int, cause: str) -> None:
-    """Refuse smoothed scores that are not finite.
-
-    Args:
-        modules: with scores in ``ema``.
-        step: the step just made, for the message.
-        cause: where such scores come from, for the message.
-
-    Raises:
-        NotFiniteError: a score is NaN or infinite.
-    """
-    bad = [m.name for m in modules if not bool(torch.isfinite(m.ema).all())]
+    bad = [m.name for m in modules if not _is_finite(m.ema)]
     if bad:
         raise NotFiniteError(
             f"NaN or infinite importance at step {step} in module {bad[0]!r} (modules with such "
-            f"scores: {len(bad)}), from {cause}: nothing is pruned by such scores. " + _WAY_OUT
+            f"scores: {len(bad)}), from {if_not_finite}: nothing is pruned by such scores. "
+            + _WAY_OUT
         )

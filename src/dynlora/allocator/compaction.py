@@ -28,7 +28,7 @@ def compact_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> 
 
     Args:
         modules: whose ``live`` masks say what stays; dead components must be 0.
-        optimizer: the optimizer that holds their parameters; None for a copy that no one trains.
+        optimizer: the one that holds their parameters; None for a copy that no one trains.
 
     Raises:
         CannotShrinkError: an optimizer state has a shape that says nothing about components.
@@ -55,16 +55,12 @@ def _states(
         parameter = factor.parameter
         if (key := _state_key(optimizer, parameter)) in optimizer.state:
             places = factor.positions(keep.to(parameter.device))
-            state = cut_states(optimizer.state[key], parameter, places, factor.dim)
-            states.append((key, state))
+            states.append((key, cut_states(optimizer.state[key], parameter, places, factor.dim)))
     return states
 
 
 def _state_key(optimizer: Optimizer, parameter: nn.Parameter) -> Any:
-    """What the optimizer's state of a parameter is found by: the parameter, in LoRA-FA a name of the pair.
-
-    The pair's state has the shape of B; A is frozen there.
-    """
+    """What a parameter's state is found by: itself, but in LoRA-FA, where A is frozen, the pair's name."""
     for group in optimizer.param_groups:
         for held, name in zip(group["params"], group.get("names", ()), strict=False):
             if held is parameter and parameter.requires_grad and "lora" in name:
@@ -79,12 +75,9 @@ def with_inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
         for value in vars(one).values():
             held = value.values() if isinstance(value, dict) else value
             inner = list(held) if isinstance(held, list | tuple | ValuesView) else [held]
-            found += [o for o in inner if isinstance(o, Optimizer) and not _holds(found, o)]
+            known = {id(o) for o in found}
+            found += [o for o in inner if isinstance(o, Optimizer) and id(o) not in known]
     return found
-
-
-def _holds(found: Sequence[Optimizer], optimizer: Optimizer) -> bool:
-    return any(one is optimizer for one in found)
 
 
 def forget_parameters_(optimizer: Optimizer, gone: Sequence[nn.Parameter]) -> None:

@@ -1,13 +1,14 @@
 """DEM (Eq. 10) of a model's adapter: as a loss term, or added to the gradients."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dynlora.allocation import add_dem_gradients_, dem_penalty
 from dynlora.allocator.stacks import stacks
-from dynlora.lora.components import Factor, LoraComponents, find_adapter, find_components
+from dynlora.lora.components import LoraComponents, find_adapter, find_components
 from dynlora.lora.sharding import add_gradient_, full_tensor, is_sharded
 
 
@@ -27,12 +28,8 @@ def dem_loss(model: nn.Module, adapter: str | None = None) -> Tensor:
         A scalar, 0 or more.
     """
     adapter, _ = find_adapter(model, adapter)
-    return dem_of([m for m in find_components(model, adapter) if not m.is_dropped])
-
-
-def dem_of(modules: Sequence[LoraComponents]) -> Tensor:
-    """The penalty over the components of ``modules``, none of which may be dropped."""
-    factors = [f for m in modules for f in _vector_factors(m)]
+    modules = [m for m in find_components(model, adapter) if not m.is_dropped]
+    factors = [factor for m in modules for pair in m.pairs for factor in pair]
     vectors = [f.vectors(full_tensor(f.parameter)).flatten(0, 1) for f in factors]
     return dem_penalty(vectors, max(1, sum(m.rank for m in modules)))
 
@@ -48,29 +45,18 @@ def add_dem_to_gradients_(
         factor: η/n.
         grad_scale: what the gradients are multiplied by, a tensor on their device; None for 1.
     """
-    for dim in (0, 1):
-        weights = [f.parameter for m in modules for f in _vector_factors(m) if f.dim == dim]
+    for dim in (0, 1):  # A, then B
+        add = partial(add_dem_gradients_, rank_dim=dim, factor=factor, grad_scale=grad_scale)
+        weights = [pair[dim].parameter for m in modules for pair in m.pairs]
         for weight in (w for w in weights if is_sharded(w)):
             full = full_tensor(weight).detach()
             penalty = torch.zeros_like(full)
-            add_dem_gradients_(
-                [penalty], [full], rank_dim=dim, factor=factor, grad_scale=grad_scale
-            )
+            add([penalty], [full])
             add_gradient_(weight, penalty)
         whole = [w for w in weights if not is_sharded(w)]
         for weight in whole:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         for rows in stacks(whole, [w.shape for w in whole]):
-            add_dem_gradients_(
-                [whole[i].grad for i in rows],  # type: ignore[misc]  # set above
-                [whole[i].detach() for i in rows],
-                rank_dim=dim,
-                factor=factor,
-                grad_scale=grad_scale,
-            )
-
-
-def _vector_factors(module: LoraComponents) -> list[Factor]:
-    """A and B of every pair: the factors that hold vectors, not gates."""
-    return [factor for pair in module.pairs for factor in pair]
+            gradients = [g for i in rows if (g := whole[i].grad) is not None]
+            add(gradients, [whole[i].detach() for i in rows])

@@ -5,42 +5,28 @@ of any optimizer that holds an adapter's parameters raises if the adapter's allo
 optimizer.
 """
 
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dynlora.lora.components import LoraComponents
-
-
-class Listener(Protocol):
-    """What is known of an allocator here."""
-
-    adapter: str
-    modules: list[LoraComponents]
-    optimizer: Any
-
-
 _attached: WeakSet[Any] = WeakSet()
 _waiting: WeakSet[Any] = WeakSet()
+"""Of RankAllocators: those that listen, and those of them that have not heard of a step."""
 _hooks: list[Any] = []
 
 
-def attach(allocator: Listener) -> None:
-    """Note that an allocator listens to its optimizer and has not heard of a step.
-
-    Raises:
-        ValueError: another one listens to the same optimizer for the same adapter.
-    """
+def attach(allocator: Any) -> None:
+    """Note that an allocator listens to its optimizer; ValueError if another does for its adapter."""
     ours = {id(m.layer) for m in allocator.modules}
     for other in list(_attached):
-        if other.adapter != allocator.adapter or not any(
+        is_same = other.adapter == allocator.adapter and any(
             id(m.layer) in ours for m in other.modules
-        ):
-            continue
-        _waiting.discard(other)  # of a run that was interrupted before its first step
-        if other.optimizer is allocator.optimizer:
+        )
+        if is_same:
+            _waiting.discard(other)  # of a run that was interrupted before its first step
+        if is_same and other.optimizer is allocator.optimizer:
             raise ValueError(
                 f"adapter {allocator.adapter!r} already has a RankAllocator on this optimizer, and two "
                 "would prune it twice. Give a Trainer one DynLoraCallback; in a loop of your own, detach() "
@@ -52,26 +38,23 @@ def attach(allocator: Listener) -> None:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_unheard_step))
 
 
-def heard(allocator: Listener) -> None:
+def heard(allocator: Any) -> None:
     """The allocator has heard of a step."""
     _waiting.discard(allocator)
     if not _waiting and _hooks:
         _hooks.pop().remove()
 
 
-def detach(allocator: Listener) -> None:
+def detach(allocator: Any) -> None:
     """The allocator no longer listens."""
     _attached.discard(allocator)
     heard(allocator)
 
 
 def _refuse_unheard_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    stepped: set[int] | None = None
-    for allocator in list(_waiting):
-        if allocator.optimizer is optimizer:
-            continue
-        if stepped is None:
-            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    unheard = [a for a in list(_waiting) if a.optimizer is not optimizer]
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for allocator in unheard:
         moving = [p.parameter for m in allocator.modules if not m.is_dropped for p in m.probes]
         if any(id(p) in stepped and p.grad is not None for p in moving):
             raise RuntimeError(

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from dynlora.lora.components import Factor, LoraComponents
-from dynlora.lora.sharding import distribute_like, full_shape, scale_all_
-from dynlora.lora.zero import is_zero_parameter
+from dynlora.lora.sharding import (
+    distribute_like,
+    full_shape,
+    is_zero_parameter,
+    scale_all_,
+)
 
 
 class Masks:

@@ -13,19 +13,17 @@ from torch import Tensor
 from dynlora.errors import CannotShrinkError
 
 _BLOCK = 256  # bitsandbytes quantises optimizer state in blocks of so many values, in memory order
+_WAY_OUT = "Set compact=False to keep all shapes until the end."
 
 
 def cut_states(state: Mapping[str, Any], old: Tensor, keep: Tensor, dim: int) -> dict[str, Any]:
-    """The optimizer's state of one parameter, for its live components only.
+    """The optimizer's state of one parameter, entries by name, for its live components only.
 
     Args:
-        state: entries by name, as in ``optimizer.state[old]``.
+        state: as in ``optimizer.state[old]``; entries that do not count components stay the same objects.
         old: the parameter before the cut.
         keep: indices of the live components, (live,), on the device of ``old``.
         dim: the dimension of ``old`` that counts components.
-
-    Returns:
-        New entries; those that do not count components are the same objects.
 
     Raises:
         CannotShrinkError: an entry has a shape that is neither the parameter's nor a known one.
@@ -36,32 +34,23 @@ def cut_states(state: Mapping[str, Any], old: Tensor, keep: Tensor, dim: int) ->
         cut |= _cut_quantised(state, key.removeprefix("state"), old, keep, dim)
     for key, value in state.items():
         if key not in cut:
-            cut[key] = cut_state(key, value, old, keep, dim)
+            cut[key] = _cut(key, value, old, keep, dim)
     return {key: cut[key] for key in state}
 
 
-def cut_state(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> object:
-    """The part of one optimizer state entry that belongs to the components in ``keep``.
+def _cut(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> object:
+    """The part of entry ``key`` that belongs to the components in ``keep``; the rest as in ``cut_states``.
 
-    Args:
-        key: name of the entry.
-        value: the entry: a tensor of the parameter's shape, or a stack of such tensors (AdEMAMix); a
-            factored second moment as Adafactor keeps it, in torch (one dimension is 1) or
-            transformers (the last or the last but one dimension is missing); a scalar; a list, tuple
-            or dict of such entries; or a plain value.
-        old: the parameter before the cut.
-        keep: indices of the live components, (live,).
-        dim: the dimension of ``old`` that counts components.
-
-    Raises:
-        CannotShrinkError: the entry has another shape, or is a tensor subclass of a library's own.
+    Known are: a tensor of the parameter's shape, or a stack of such (AdEMAMix); a factored second moment
+    as Adafactor keeps it, in torch (one dimension is 1) or transformers (the last or the last but one
+    dimension is missing); a scalar; a list, tuple or dict of such entries; a plain value.
     """
     if isinstance(value, Mapping):
         return type(value)(  # type: ignore[call-arg]  # dict and its subclasses
-            (k, cut_state(f"{key}.{k}", v, old, keep, dim)) for k, v in value.items()
+            (k, _cut(f"{key}.{k}", v, old, keep, dim)) for k, v in value.items()
         )
     if isinstance(value, list | tuple):
-        parts = [cut_state(f"{key}[{i}]", v, old, keep, dim) for i, v in enumerate(value)]
+        parts = [_cut(f"{key}[{i}]", v, old, keep, dim) for i, v in enumerate(value)]
         kind: Any = type(value)
         return (
             kind(*parts) if hasattr(value, "_fields") else kind(parts)
@@ -71,12 +60,12 @@ def cut_state(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> o
             return value
         raise CannotShrinkError(
             f"optimizer state {key!r} is a {type(value).__name__}, which may hold tensors that cannot be "
-            "seen. Set compact=False to keep all shapes until the end."
+            f"seen. {_WAY_OUT}"
         )
     if type(value) not in {Tensor, torch.nn.Parameter}:
         raise CannotShrinkError(
-            f"optimizer state {key!r} is a {type(value).__name__}, whose parts cannot be taken out. Set "
-            "compact=False to keep all shapes until the end."
+            f"optimizer state {key!r} is a {type(value).__name__}, whose parts cannot be taken out. "
+            f"{_WAY_OUT}"
         )
     if value.ndim == old.ndim and all(
         have in {full, 1} for have, full in zip(value.shape, old.shape, strict=True)
@@ -93,7 +82,7 @@ def cut_state(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> o
         return value if dim == old.ndim - 2 else value.index_select(min(dim, old.ndim - 2), keep)
     raise CannotShrinkError(
         f"optimizer state {key!r} of shape {tuple(value.shape)} cannot be cut with its parameter of "
-        f"shape {tuple(old.shape)}. Set compact=False to keep all shapes until the end."
+        f"shape {tuple(old.shape)}. {_WAY_OUT}"
     )
 
 
@@ -108,23 +97,16 @@ def _cut_quantised(
     """
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
-    codes, book = state[f"state{suffix}"], state[f"qmap{suffix}"]
-    maxima = state[f"absmax{suffix}"]
+    names = [f"{part}{suffix}" for part in ("state", "qmap", "absmax")]
+    codes, book, maxima = (state[name] for name in names)
     if codes.shape != old.shape or maxima.ndim != 1:
         raise CannotShrinkError(
-            f"optimizer state 'state{suffix}' of shape {tuple(codes.shape)} holds 8-bit codes and cannot "
-            f"be cut with its parameter of shape {tuple(old.shape)}. Set compact=False to keep all "
-            "shapes until the end."
+            f"optimizer state {names[0]!r} of shape {tuple(codes.shape)} holds 8-bit codes and cannot be "
+            f"cut with its parameter of shape {tuple(old.shape)}. {_WAY_OUT}"
         )
     if len(keep) == old.shape[dim]:
-        return {
-            name: state[name] for name in (f"state{suffix}", f"qmap{suffix}", f"absmax{suffix}")
-        }
+        return {name: state[name] for name in names}
     decoded = dequantize_blockwise(codes, absmax=maxima, code=book, blocksize=_BLOCK)
     kept = decoded.index_select(dim, keep).contiguous()
     encoded, how = quantize_blockwise(kept, code=book, blocksize=_BLOCK)
-    return {
-        f"state{suffix}": encoded,
-        f"qmap{suffix}": book,
-        f"absmax{suffix}": how.absmax.to(maxima.dtype),
-    }
+    return dict(zip(names, (encoded, book, how.absmax.to(maxima.dtype)), strict=True))

@@ -21,11 +21,9 @@ def is_first_process() -> bool:
 
 
 def broadcast_choice(keep: Tensor, device: torch.device) -> Tensor:
-    """The first process's choice, on every process: scores may differ in their last bits.
+    """The first process's ``keep``, on every process: scores may differ in their last bits.
 
-    Args:
-        keep: which components stay, (components,), bool.
-        device: one that the process group communicates on.
+    Here and below, ``device`` is one that the process group communicates on.
     """
     if world_size() == 1:
         return keep
@@ -35,24 +33,14 @@ def broadcast_choice(keep: Tensor, device: torch.device) -> Tensor:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set on any of the processes; all of them must call it.
-
-    Args:
-        flag: of this process.
-        device: one that the process group communicates on.
-    """
+    """Whether ``flag`` is set on any of the processes; all of them must call it."""
     flags = torch.tensor([flag], dtype=torch.uint8, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
 
 
 def mean_over_processes(value: float, device: torch.device) -> float:
-    """The mean of a number that each process has; all of them must call it.
-
-    Args:
-        value: of this process.
-        device: one that the process group communicates on.
-    """
+    """The mean of the processes' values; all of them must call it."""
     if world_size() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64, device=device)
@@ -64,10 +52,7 @@ class DdpFinder:
     """Finds the DistributedDataParallel around a model that one was only given from the inside.
 
     A Trainer wraps its model after callbacks have seen it, so the wrapper is caught at work: DDP names
-    itself while its forward runs.
-
-    Args:
-        model: the model inside, or the wrapper itself.
+    itself while its forward runs. Given the wrapper, it is found at once.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,8 +22,8 @@ def prune_event(
 
     Args:
         modules: after the cut.
-        scores: smoothed importance that the choice was made by, of all components, (components,); below
-            0 where there was no choice, because pruned components do not come back.
+        scores: what the choice was made by, of all components, (components,); below 0 where there was no
+            choice, because pruned components do not come back.
         before: True where a component was alive before, (components,).
         keep: True where it is alive now, (components,).
         step: optimizer steps done.
@@ -31,8 +31,7 @@ def prune_event(
 
     Returns:
         step, cost, live, cut and revived (components, since the event before), ranks (by module name,
-        zeros included), importance_kept and importance_cut (minimum, quartiles and maximum between
-        them, or None where there is none).
+        zeros included), importance_kept and importance_cut (see ``five_numbers``).
     """
     return {
         "step": step,

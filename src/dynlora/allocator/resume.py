@@ -26,15 +26,12 @@ def saved_scores(modules: Sequence[LoraComponents]) -> dict[str, Any]:
 
 
 def check_state(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
-    """Refuse a state that is damaged, another version's, or made for another plan.
+    """Refuse a state that is damaged, another version's, or made for another plan, with a ValueError.
 
     Args:
         state: what ``RankAllocator.state_dict`` wrote, perhaps through JSON and a disk.
         contract: what must not change between the parts of one run, ``modules`` (name -> scaling)
             included.
-
-    Raises:
-        ValueError: it cannot be continued; the message names the field and both values.
     """
     if not isinstance(state, Mapping) or "version" not in state:
         raise ValueError(
@@ -58,11 +55,7 @@ def check_state(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
 
 
 def restore_scores_(state: Mapping[str, Any], modules: Sequence[LoraComponents]) -> None:
-    """Give the modules the scores and masks of ``state``.
-
-    Raises:
-        ValueError: a module's rank is not the one of the interrupted run, or its scores are damaged.
-    """
+    """Give the modules the scores and masks of ``state``; ValueError if they have other ranks there."""
     for module in modules:
         saved = state["scores"].get(module.name)
         if not isinstance(saved, dict) or not {"ema", "live"} <= saved.keys():
@@ -90,26 +83,20 @@ def restore_scores_(state: Mapping[str, Any], modules: Sequence[LoraComponents])
 def _check_form(state: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
     forms = {"step": int, "is_frozen": bool, "window": list, "history": list, "scores": dict}
     for name, form in {**forms, "modules": dict}.items():
-        if not isinstance(state.get(name), form) or (form is int and isinstance(state[name], bool)):
+        if type(state.get(name)) is not form:
             raise ValueError(
                 f"state holds {name}={state.get(name)!r}, which must be of type {form.__name__}: the file "
                 "is damaged. Resume from another checkpoint."
             )
     missing = sorted(contract.keys() - state.keys())
-    window = state["window"]
+    window, steps = state["window"], contract["total_steps"]
     is_window = len(window) == 2 and all(type(t) is int for t in window) and window[0] < window[1]
     is_history = all(isinstance(event, dict) for event in state["history"])
-    if (
-        missing
-        or not is_window
-        or not is_history
-        or not 0 <= state["step"] <= contract["total_steps"]
-    ):
+    if missing or not is_window or not is_history or not 0 <= state["step"] <= steps:
         raise ValueError(
-            f"state is damaged. It must hold a step from 0 to {contract['total_steps']} (here "
-            f"{state['step']!r}), a window of two steps, the earlier first (here {window!r}), a "
-            f"history of events, and all settings (missing: {', '.join(missing) or 'none'}). Resume from "
-            "another checkpoint."
+            f"state is damaged. It must hold a step from 0 to {steps} (here {state['step']!r}), a window "
+            f"of two steps, the earlier first (here {window!r}), a history of events, and all settings "
+            f"(missing: {', '.join(missing) or 'none'}). Resume from another checkpoint."
         )
 
 
@@ -132,9 +119,8 @@ def _check_modules(
         was = saved[name]
         if scaling is None or was is None:  # a module of rank 0 has none
             continue
-        if not isinstance(was, int | float) or not math.isclose(
-            scaling, was, rel_tol=_SAME_SCALING
-        ):
+        is_number = isinstance(was, int | float)
+        if not is_number or not math.isclose(scaling, was, rel_tol=_SAME_SCALING):
             raise ValueError(
                 f"scaling={scaling!r} of module {name!r} differs from the interrupted run's {was!r}: the "
                 "model's outputs would change. Resume with the same r, lora_alpha, rank_pattern, "

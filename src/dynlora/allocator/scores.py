@@ -1,7 +1,7 @@
 """Who scores the components: the importance that the settings name, or a function of the user's own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,41 +9,20 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dynlora import allocation
 from dynlora.allocation import Settings
-from dynlora.allocator.checks import check_importance, check_not_all_zero
+from dynlora.allocator.checks import check_scores
 from dynlora.allocator.stacks import groups, limits_of, stacks
 from dynlora.lora.components import Factor, LoraComponents
-from dynlora.lora.sharding import full_gradient, full_shape, full_tensor
-from dynlora.lora.zero import is_zero_parameter
+from dynlora.lora.sharding import (
+    full_gradient,
+    full_shape,
+    full_tensor,
+    is_zero_parameter,
+    local_part,
+)
 
 Score = Callable[[Sequence[LoraComponents], int], None]
 """Writes the components' scores into ``ema`` of each module, after every step until the freeze; the
 number is that of the steps done."""
-
-
-class Scorer(Protocol):
-    """What the allocator asks for scores."""
-
-    name: str
-
-    def before_step(
-        self, modules: Sequence[LoraComponents], grad_scale: Tensor | float | None
-    ) -> None:
-        """Read the gradients of the coming step; they are multiplied by ``grad_scale``, None for 1."""
-
-    def __call__(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Write scores into ``ema`` of each module after a step that was made."""
-
-    def check(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Refuse scores that nothing can be decided by."""
-
-
-def scorer(settings: Settings, score: Score | None) -> Scorer:
-    """The user's function, or the importance that the settings name.
-
-    Raises:
-        TypeError: ``score`` is not a function.
-    """
-    return ImportanceScore(settings) if score is None else OwnScore(score)
 
 
 class OwnScore:
@@ -65,11 +44,7 @@ class OwnScore:
         """Nothing: the function is called after the step only."""
 
     def __call__(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Call the function.
-
-        Raises:
-            TypeError: it returns its scores instead of writing them.
-        """
+        """Call the function; TypeError if it returns its scores instead of writing them."""
         returned: object = self.score(modules, step)
         if returned is not None:
             raise TypeError(
@@ -78,19 +53,9 @@ class OwnScore:
             )
 
     def check(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Refuse scores that were never written, are negative, or are not finite.
-
-        Raises:
-            ValueError: all are 0, or one is below 0, where components that were pruned stand.
-            FloatingPointError: one is NaN or infinite.
-        """
-        check_not_all_zero(
-            modules,
-            step=step,
-            cause="your score function wrote into no "
-            "module.ema. Call module.ema.copy_(...) for each of the modules",
-        )
-        check_importance(modules, step=step, cause="your score function")
+        """Refuse scores that were never written, are not finite, or below 0, where the pruned stand."""
+        never = "your score function wrote into no module.ema. Call module.ema.copy_(...) for each module"
+        check_scores(modules, step=step, if_zero=never, if_not_finite="your score function")
         lowest = min((m for m in modules if m.rank), key=lambda m: float(m.ema.min()))
         if float(lowest.ema.min()) < 0:
             raise ValueError(
@@ -116,17 +81,14 @@ class ImportanceScore:
     def before_step(
         self, modules: Sequence[LoraComponents], grad_scale: Tensor | float | None
     ) -> None:
-        """Read the sensitivities, if the importance is theirs."""
-        if self.name != "sensitivity":
-            return
-        found = sensitivities(modules)
-        if grad_scale is not None:
-            found = [s / grad_scale for s in found]
-        self._sensitivities = found
+        """Read the sensitivities of the coming step, whose gradients are scaled up by ``grad_scale``."""
+        if self.name == "sensitivity":
+            found = sensitivities(modules)
+            self._sensitivities = found if grad_scale is None else [s / grad_scale for s in found]
 
     @torch.no_grad()
     def __call__(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Smooth the importance of the step into ``ema`` of each module."""
+        """Smooth the importance of the step that was made into ``ema`` of each module."""
         scores = self._sensitivities if self.name == "sensitivity" else norms(modules, self.name)
         emas = [m.ema for m in modules]
         scores = [s.to(e.dtype) for s, e in zip(scores, emas, strict=True)]
@@ -136,27 +98,18 @@ class ImportanceScore:
             )
 
     def check(self, modules: Sequence[LoraComponents], step: int) -> None:
-        """Refuse smoothed importance that nothing can be decided by.
-
-        Raises:
-            ValueError: all of it is 0.
-            FloatingPointError: it is NaN or infinite somewhere.
-        """
-        cause = (
+        """Refuse smoothed importance that nothing can be decided by."""
+        no_gradient = (
             "the adapter's weights have no gradient when optimizer.step() begins. Unfreeze the adapter, "
             "and clear gradients before the backward pass, not inside step()"
         )
-        check_not_all_zero(modules, step=step, cause=cause)
-        check_importance(modules, step=step, cause="its adapter weights, which are not finite")
+        weights = "its adapter weights, which are not finite"
+        check_scores(modules, step=step, if_zero=no_gradient, if_not_finite=weights)
 
 
 @torch.no_grad()
 def sensitivities(modules: Sequence[LoraComponents]) -> list[Tensor]:
-    """|⟨bᵢ, ∂L/∂bᵢ⟩| of every component, one (rank,) tensor a module; 0 where there is no gradient.
-
-    Args:
-        modules: none of them dropped, with the gradients of the coming step.
-    """
+    """|⟨bᵢ, ∂L/∂bᵢ⟩| of every component, one (rank,) tensor a module; 0 where there is no gradient."""
     probes = [(i, probe) for i, m in enumerate(modules) for probe in m.probes]
     terms = _signed_sums([probe for _, probe in probes])
     sums: list[Tensor | None] = [None] * len(modules)
@@ -193,8 +146,8 @@ def _weight_and_gradient(probe: Factor) -> tuple[Tensor, Tensor]:
     if is_zero_parameter(parameter) or _splits_components(probe):
         weight, gradient = full_tensor(parameter).detach(), full_gradient(parameter)
     else:
-        weight, gradient = _local(parameter.detach()), parameter.grad
-        gradient = None if gradient is None else _local(gradient.detach())
+        weight, gradient = local_part(parameter.detach()), parameter.grad
+        gradient = None if gradient is None else local_part(gradient.detach())
     return weight, torch.zeros_like(weight) if gradient is None else gradient
 
 
@@ -204,10 +157,6 @@ def _splits_components(probe: Factor) -> bool:
     return isinstance(parameter, DTensor) and any(
         p.is_shard(probe.dim) for p in parameter.placements
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _summed_over_shards(probes: Sequence[Factor], sums: list[Tensor]) -> list[Tensor]:
@@ -282,11 +231,7 @@ def _norms_of(modules: Sequence[LoraComponents], importance: str) -> list[Tensor
 
 @torch.no_grad()
 def gram_matrices(factors: Sequence[Factor]) -> list[Tensor]:
-    """Inner products of the components' vectors in each factor, in fp32 at least.
-
-    Returns:
-        A Aᵀ or Bᵀ B of every factor, (copies, rank, rank) each, in the order of ``factors``.
-    """
+    """A Aᵀ or Bᵀ B of each factor, (copies, rank, rank), in fp32 at least."""
     weights = [f.parameter for f in factors]
     kinds = [
         (full_shape(w), f.dim, f.copies, f.is_grouped)
@@ -298,7 +243,8 @@ def gram_matrices(factors: Sequence[Factor]) -> list[Tensor]:
         if len(rows) == 1:
             grams[rows[0]] = _gram(vectors[0])
             continue
-        stack = _exact(torch.stack(vectors))
+        stack = torch.stack(vectors)
+        stack = stack if stack.dtype == torch.float64 else stack.float()
         for i, gram in zip(rows, (stack @ stack.mT).unbind(), strict=True):
             grams[i] = gram
     return grams
@@ -315,7 +261,3 @@ def _gram(vectors: Tensor) -> Tensor:
         exact = part.float()
         gram.baddbmm_(exact, exact.mT)
     return gram
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynlora.lora.zero import zero_optimizer
+from dynlora.lora.sharding import zero_optimizer
 
 Hook = Callable[[Any, Any, Any], Any]
 
 
 def steppable(optimizer: Any) -> Any:
-    """The torch or ZeRO optimizer inside a wrapper such as accelerate's.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The torch or ZeRO optimizer inside a wrapper such as accelerate's; TypeError if there is none."""
     if (zero := zero_optimizer(optimizer)) is not None:
         return zero
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
@@ -32,20 +28,14 @@ def steppable(optimizer: Any) -> Any:
 
 
 def attach(optimizer: Any, *, before: Hook, after: Hook) -> list[Any]:
-    """Call ``before`` and ``after`` around each step, with torch's hook arguments.
+    """Call ``before`` and ``after`` around each step, with torch's arguments; returns removable handles.
 
     A ZeRO optimizer has no step hooks, so its ``step`` is wrapped; one that it skips for an overflow is
     not reported to ``after``.
-
-    Returns:
-        Handles; ``remove()`` of each ends it.
     """
     if not isinstance(optimizer, Optimizer):
         return [_WrappedStep(optimizer, before, after)]
-    return [
-        optimizer.register_step_pre_hook(before),
-        optimizer.register_step_post_hook(after),
-    ]
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
 
 class _WrappedStep:
@@ -70,11 +60,7 @@ class _WrappedStep:
 
 
 def refuse_capture() -> None:
-    """Refuse to be captured in a CUDA graph, whose replays call no hook: nothing would be pruned.
-
-    Raises:
-        RuntimeError: the current stream is being captured.
-    """
+    """Refuse to be captured in a CUDA graph, whose replays call no hook: nothing would be pruned."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "optimizer.step() is being captured in a CUDA graph, whose replays would go unseen by the "
@@ -84,15 +70,9 @@ def refuse_capture() -> None:
 
 
 def once_computed(args: Any, kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
-    """Do ``action`` when the gradients of the coming step are there: now, or after its closure.
+    """Do ``action`` when the coming step's gradients are there: now, or each time its closure has run.
 
-    Args:
-        args: of ``step``, the optimizer first.
-        kwargs: of ``step``.
-        action: done each time a closure has computed the gradients, once where there is none.
-
-    Returns:
-        What a pre-hook of torch returns: the arguments to use instead, or None.
+    Args and result are those of a pre-hook of torch: the arguments to use instead, or None.
     """
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:

@@ -16,8 +16,7 @@ from dynlora.allocator.processes import is_first_process
 from dynlora.files import whole_folder
 from dynlora.lora.components import find_adapter, find_components, unwrapped, without_wrappers
 from dynlora.lora.configs import rewrites_base
-from dynlora.lora.sharding import full_tensor
-from dynlora.lora.zero import is_zero_parameter
+from dynlora.lora.sharding import full_tensor, is_zero_parameter
 
 
 def checked_folder(path: str | os.PathLike[str]) -> Path:

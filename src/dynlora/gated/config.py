@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -9,24 +10,20 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from peft import LoraConfig
 
 from dynlora._private import extended_peft_type
-from dynlora.adapter_files.folder import read_config
 from dynlora.adapter_files.format import CONFIG_FILE
 from dynlora.allocation import PAPER, Settings
-from dynlora.allocation.settings import is_integer, is_number
-from dynlora.gated.adapter_file import check_fields, read_folder
-
-_AUTO_START = 16
-_EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
+from dynlora.allocation.settings import check_rules, is_integer, is_number
+from dynlora.gated.stored import read_folder
+from dynlora.lora.adapter import NO_COMPONENTS, refuse_variants
 
 Init = Literal["kaiming", "lora"]
 
+_AUTO_START = 16
+_EXPANSION = 1.5  # initial over final budget in all runs of the paper (appendix E)
+_SETTINGS = {f.name: f.default for f in dataclasses.fields(Settings)}
 _DEFAULTS: dict[str, Any] = {
-    **{f.name: f.default for f in dataclasses.fields(Settings)},
-    "target_r": 8,
-    "init": "lora",
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-}
+    **_SETTINGS, "target_r": 8, "init": "lora", "lora_alpha": 8, "lora_dropout": 0.0
+}  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "init": "kaiming", "lora_alpha": 8, "lora_dropout": 0.1}
 }
@@ -35,27 +32,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _REMOVED: dict[str, Any] = {"schedule": "slow-fast", "forget_pruned": False, "fused": None}
 """Fields that older configs hold, with the only value that is still understood; None for any."""
 
-_REFUSED = {
-    "use_dora": "the magnitude of weight-decomposed DoRA (NVIDIA) has no gate",
-    "use_qalora": "QA-LoRA pools the inputs of A",
-    "use_bdlora": "block-diagonal LoRA has no rank-one components",
-    "kasa_config": "KaSA has gates of its own and changes the base weights",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "velora_config": "VeLoRA replaces the backward pass of A",
-    "arrow_config": "Arrow routes between finished adapters",
-    "alora_invocation_tokens": "activated LoRA applies the adapter to a part of the tokens only",
+_NO_GATES = {
     "lora_bias": "a bias in B belongs to no rank-one component",
     "target_parameters": "bare parameters have no LoRA layer that could hold gates",
-    "layer_replication": "replicated layers share weights that pruning would cut twice",
-    "ensure_weight_tying": "tied factors belong to two modules at once",
+    "megatron_config": "an adapter's folder must not choose which code is imported",
 }
 
-_ONLY_STOCK = {"lora_bias", "target_parameters"}
-"""Those of them that DynLoraCallback accepts with a stock LoraConfig."""
-
-
 DYNLORA = extended_peft_type("DYNLORA")
-
 
 _SettingsFields: Any = dataclasses.make_dataclass(
     "_SettingsFields",
@@ -69,11 +52,10 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
     """The paper's parametrisation: a gate in front of every rank-one component, ΔW = s · Σᵢ cᵢ bᵢ aᵢᵀ.
 
     A module starts with ``init_r`` components; training prunes the least important ones of the whole
-    model until ``target_r`` per module are left on average. All other fields are LoraConfig's, with
-    their meaning there; ``rank_pattern`` sets initial ranks, 0 in the config that is saved with a module
-    that fell to rank 0. ``r`` is ``init_r``.
-
-    All fields of ``dynlora.allocation.Settings`` are fields here; ``target_r`` is 8 if not given.
+    model until ``target_r`` per module are left on average. All fields of
+    ``dynlora.allocation.Settings`` are fields here, ``target_r`` is 8 if not given. The others are
+    LoraConfig's, with their meaning there; ``rank_pattern`` sets initial ranks, 0 in the config that is
+    saved with a module that fell to rank 0. ``r`` is ``init_r``.
 
     Any stock ``LoraConfig`` can be trained in the same way without gates: give the settings to
     DynLoraCallback or RankAllocator instead.
@@ -115,16 +97,21 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.settings()
-        self._check_ranks()
-        self._check_start()
-        self._check_variants()
-        self.r = self.init_r  # type: ignore[assignment]  # set by _check_ranks
+        if self.init_r is None:
+            is_auto = self.target_r == "auto"
+            self.init_r = _AUTO_START if is_auto else math.ceil(_EXPANSION * self.target_r)
+        check_rules(self._rules())
+        refuse_variants(self, NO_COMPONENTS)
+        refuse_variants(
+            self, _NO_GATES, beside="gates", instead="train a LoraConfig with DynLoraCallback"
+        )
+        self.r = self.init_r
         super().__post_init__()
         self.peft_type = DYNLORA
 
     def settings(self) -> Settings:
         """The settings of the run that this config asks for."""
-        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
+        return Settings(**{name: getattr(self, name) for name in _SETTINGS})
 
     @classmethod
     def from_pretrained(
@@ -138,10 +125,8 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         stored = None
         if (folder / CONFIG_FILE).is_file():
-            checked_later = {f.name for f in dataclasses.fields(Settings)}
-            hints = {k: v for k, v in get_type_hints(cls).items() if k not in checked_later}
-            check_fields(read_config(folder), hints)
-            stored = read_folder(folder)
+            hints = {k: v for k, v in get_type_hints(cls).items() if k not in _SETTINGS}
+            stored = read_folder(folder, hints)
         config: DynLoraConfig = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
@@ -169,73 +154,51 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         """Fields for adapter_config.json, without ``r``, which follows from ``init_r``."""
         return {key: value for key, value in super().to_dict().items() if key != "r"}
 
-    def _check_ranks(self) -> None:
-        if self.init_r is None:
-            is_auto = self.target_r == "auto"
-            self.init_r = _AUTO_START if is_auto else math.ceil(_EXPANSION * self.target_r)
-        if not is_integer(self.init_r) or self.init_r < 1:
-            raise ValueError(
-                f"init_r={self.init_r!r} must be an integer of at least 1; leave it out for "
-                "ceil(1.5 * target_r)."
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        rank: Any = self.init_r
+        yield (
+            is_integer(rank) and rank >= 1,
+            f"init_r={rank!r} must be an integer of at least 1; leave it out for ceil(1.5 * target_r).",
+        )
+        yield (
+            self.r is None or self.r == rank,
+            f"r={self.r} differs from init_r={rank}. Leave r out: it is init_r, the rank at the start; "
+            "target_r is the mean rank at the end.",
+        )
+        for name, value in (self.rank_pattern or {}).items():
+            yield (
+                is_integer(value) and value >= 0,  # 0 is a module that has lost all components
+                f"rank_pattern={{{name!r}: {value!r}}} must hold integers of at least 0; name a module in "
+                "exclude_modules to leave it out.",
             )
-        if self.r is not None and self.r != self.init_r:
-            raise ValueError(
-                f"r={self.r} differs from init_r={self.init_r}. Leave r out: it is init_r, the rank at the "
-                "start; target_r is the mean rank at the end."
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{n!r}]": v for n, v in (self.alpha_pattern or {}).items()}
+        for name, value in alphas.items():
+            yield (
+                is_number(value) and value > 0,
+                f"{name}={value!r} must be a number above 0, such as 8.",
             )
-        for name, rank in (self.rank_pattern or {}).items():
-            if not is_integer(rank) or rank < 0:  # 0 is a module that has lost all components
-                raise ValueError(
-                    f"rank_pattern={{{name!r}: {rank!r}}} must hold integers of at least 0; name a "
-                    "module in exclude_modules to leave it out."
-                )
-        for name, alpha in (self.alpha_pattern or {}).items():
-            if not is_number(alpha) or not alpha > 0:
-                raise ValueError(
-                    f"alpha_pattern={{{name!r}: {alpha!r}}} must hold numbers above 0, such as 8."
-                )
-        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, such as 8.")
-        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1); 0 switches it off."
-            )
-
-        highest = max([self.init_r, *(self.rank_pattern or {}).values()])
-        if self.target_r != "auto" and self.target_r > highest:
-            raise ValueError(
-                f"target_r={self.target_r} must not exceed init_r={self.init_r}: pruning only removes "
-                "components. Lower target_r, raise init_r, or leave init_r out."
-            )
-
-    def _check_start(self) -> None:
-        if self.init not in get_args(Init):
-            raise ValueError(
-                f"init={self.init!r} must be one of {', '.join(map(repr, get_args(Init)))}."
-            )
-        if self.init_std is not None and not (is_number(self.init_std) and self.init_std > 0):
-            raise ValueError(
-                f"init_std={self.init_std!r} must be a number above 0, such as 0.02, or None to start as "
-                "init says."
-            )
-
-    def _check_variants(self) -> None:
-        for name, reason in _REFUSED.items():
-            if getattr(self, name, None):
-                how = "with DynLoraCallback" if name in _ONLY_STOCK else "without dynlora"
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} cannot be combined with gates: {reason}. Leave "
-                    f"{name} at its default, or train a peft.LoraConfig {how}."
-                )
-        if self.init_lora_weights not in (True, False):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} must be True or False: DynLoraConfig "
-                "draws A and B itself. Choose how with init or init_std, or use peft.LoraConfig."
-            )
-
-
-def plain_lora_fields(config: DynLoraConfig) -> dict[str, Any]:
-    """The fields that a finished adapter shares with LoraConfig, as keyword arguments for it."""
-    own = {f.name for f in dataclasses.fields(DynLoraConfig)}
-    shared = {f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name in own}
-    return {name: getattr(config, name) for name in shared - {"r", "peft_type"}}
+        yield (
+            is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+            f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1); 0 switches it off.",
+        )
+        yield (
+            self.target_r == "auto"
+            or self.target_r <= max(rank, *(self.rank_pattern or {"": 0}).values()),
+            f"target_r={self.target_r} must not exceed init_r={rank}: pruning only removes components. "
+            "Lower target_r, raise init_r, or leave init_r out.",
+        )
+        yield (
+            self.init in get_args(Init),
+            f"init={self.init!r} must be one of {', '.join(map(repr, get_args(Init)))}.",
+        )
+        yield (
+            self.init_std is None or (is_number(self.init_std) and self.init_std > 0),
+            f"init_std={self.init_std!r} must be a number above 0, such as 0.02, or None to start as init "
+            "says.",
+        )
+        yield (
+            self.init_lora_weights in (True, False),
+            f"init_lora_weights={self.init_lora_weights!r} must be True or False: DynLoraConfig draws A "
+            "and B itself. Choose how with init or init_std, or use peft.LoraConfig.",
+        )

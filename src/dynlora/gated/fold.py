@@ -6,7 +6,8 @@ The same numbers serve ``finalize_``, which installs them in the model, and the 
 writes them to disk.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,74 +16,74 @@ from peft.tuners.lora import layer as lora
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from dynlora._private import without_active_adapter
 from dynlora.adapter_files.format import OUT_PROJECTION
+from dynlora.adapter_files.plain_config import exact_key
 from dynlora.gated.config import DynLoraConfig
-from dynlora.gated.configs import plain_config
-from dynlora.gated.guard import stop_waiting
-from dynlora.gated.layer import EmbeddingGate, GatedComponents, can_drop
+from dynlora.gated.layer import GatedComponents, detach_gate_
 from dynlora.gated.model import DynLoraModel
-from dynlora.lora.components import (
-    find_adapter,
-    find_components,
-    note_layer_rank_,
-    unwrapped,
-)
-from dynlora.lora.configs import swap_config_
+from dynlora.lora.components import find_adapter, find_components, note_layer_rank_, unwrapped
+from dynlora.lora.configs import swap_config_, target_fields
 from dynlora.lora.sharding import full_tensor
 
 Folded = dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def fold(layer: GatedComponents) -> tuple[Tensor, Tensor]:
-    """A' (live rank, in, ...) and B' (out, live rank, ...) of one layer, with scaling 1.
+def fold_all(modules: Sequence[GatedComponents]) -> Folded:
+    """A' (live rank, in, ...) and B' (out, live rank, ...) by module, with scaling 1; no dropped ones.
 
     Live is what contributes: before the freeze a component may be on its way back, with a gate that is
     no longer 0, and leaving it out would change the function. Folding is done in fp32 at least and
-    returned in the factors' own dtype.
+    returned in the factors' own dtype. Both halves of a MultiheadAttention get one rank, as stock PEFT
+    has it, by components of zeros.
     """
-    a, b, c = (full_tensor(f.parameter).detach() for f in layer.factors)
-    return fold_factors(a, b, c, scaling=layer.scaling or 1.0)
+    folded = {m.name: _folded(m) for m in modules if not m.is_dropped}
+    for name in folded:
+        if (inner := name + OUT_PROJECTION) in folded:
+            rank = max(len(folded[name][0]), len(folded[inner][0]))
+            for half in (name, inner):
+                a, b = folded[half]
+                gap = rank - len(a)
+                b = torch.cat([b, b.new_zeros(b.shape[0], gap, *b.shape[2:])], dim=1)
+                folded[half] = torch.cat([a, a.new_zeros(gap, *a.shape[1:])]), b
+    return folded
 
 
-def fold_factors(a: Tensor, b: Tensor, c: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """A' = A[keep] and B' = s · (B ⊙ c)[:, keep]; kept is what has a gate.
-
-    Args:
-        a: (rank, in, ...).
-        b: (out, rank, ...).
-        c: gates, (rank,); ones for a plain LoRA.
-        scaling: s.
-    """
+def _folded(module: GatedComponents) -> tuple[Tensor, Tensor]:
+    a, b, c = (full_tensor(f.parameter).detach() for f in module.factors)
     kept = c.nonzero().flatten()
     exact = torch.promote_types(b.dtype, torch.float32)
-    gain = (c.to(exact) * scaling).view(1, -1, *[1] * (b.ndim - 2))
+    gain = (c.to(exact) * (module.scaling or 1.0)).view(1, -1, *[1] * (b.ndim - 2))
     folded_b = (b.to(exact) * gain).to(b.dtype).index_select(1, kept)
     return a.index_select(0, kept).contiguous(), folded_b.contiguous()
 
 
-def fold_all(layers: list[GatedComponents]) -> Folded:
-    """Folded factors of every layer by name; dropped layers are absent, dead ones have rank 0."""
-    folded = {m.name: fold(m) for m in layers if not m.is_dropped}
-    pad_halves(folded)
-    return folded
+def plain_config(model: nn.Module, config: DynLoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """The LoraConfig of a finished adapter of these ranks, with scaling 1 and without rank-0 modules.
 
-
-def pad_halves(folded: Folded) -> None:
-    """Give both halves of each MultiheadAttention one rank, as stock PEFT has it, in place."""
-    for name in folded:
-        inner = name + OUT_PROJECTION
-        if inner in folded:
-            rank = max(folded[name][0].shape[0], folded[inner][0].shape[0])
-            folded[name] = padded(*folded[name], rank)
-            folded[inner] = padded(*folded[inner], rank)
-
-
-def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with zero components up to ``rank``."""
-    gap = rank - a.shape[0]
-    a = torch.cat([a, a.new_zeros(gap, *a.shape[1:])])
-    return a, torch.cat([b, b.new_zeros(b.shape[0], gap, *b.shape[2:])], dim=1)
+    Raises:
+        ValueError: no component is alive, so there is nothing to write.
+    """
+    ranks = {n: r for n, r in ranks.items() if not n.endswith(OUT_PROJECTION)}
+    largest = max(ranks.values(), default=0)
+    if largest == 0:
+        raise ValueError(
+            "model has no live component: every gate is 0, so the adapter equals the base model. Train "
+            "it first (the first optimizer step moves the gates away from 0)."
+        )
+    pattern = {exact_key(n): r for n, r in ranks.items() if 0 < r < largest}
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+    fields = shared | {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+        "init_lora_weights": True,
+        **target_fields(model, config, ranks),
+    }
+    return LoraConfig(**fields)
 
 
 def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
@@ -107,82 +108,53 @@ def finalize_(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
     modules = find_components(model, adapter)
     if not isinstance(config, DynLoraConfig):
         return {m.name: m.rank for m in modules}
-    layers = [m for m in modules if isinstance(m, GatedComponents)]
-    if any(m.is_sharded for m in layers):
+    gated = [m for m in modules if isinstance(m, GatedComponents)]
+    if any(m.is_sharded for m in gated):
         raise ValueError(
             f"adapter={adapter!r} is sharded over several processes (FSDP, ZeRO) and cannot change its "
             "shapes in place. Call export_lora(model, folder) on every process: it gathers the adapter and "
             "the first process writes the plain LoRA."
         )
-    folded = fold_all(layers)
-    ranks = {m.name: folded[m.name][0].shape[0] if m.name in folded else 0 for m in layers}
+    folded = fold_all(gated)
+    ranks = {m.name: len(folded[m.name][0]) if m.name in folded else 0 for m in gated}
     plain = plain_config(model, config, ranks)
-    for gated in layers:
-        stop_waiting(gated.layer, adapter)
-        if ranks[gated.name]:
-            _install_(gated, *folded[gated.name])
     base_model = unwrapped(model)
-    for gated in layers:
-        if ranks[gated.name] == 0:
-            _remove_(base_model, gated)
-    leave_gates_(model, adapter, plain)
+    for module in gated:
+        if ranks[module.name]:
+            _install_(module, *folded[module.name])
+    for module in gated:
+        if not ranks[module.name]:
+            _remove_(base_model, module)
+    _leave_gates_(model, adapter, plain)
     return ranks
 
 
-def _install_(gated: GatedComponents, a: Tensor, b: Tensor) -> None:
-    layer, adapter = gated.layer, gated.adapter
-    trained = gated.gate.requires_grad
-    rank = a.shape[0]
-    new_a, new_b = nn.Parameter(a, requires_grad=trained), nn.Parameter(b, requires_grad=trained)
+def _install_(module: GatedComponents, a: Tensor, b: Tensor) -> None:
+    """Make the layer a stock LoRA of these factors."""
+    layer, adapter = module.layer, module.adapter
+    new_a, new_b = (nn.Parameter(f, requires_grad=module.gate.requires_grad) for f in (a, b))
+    detach_gate_(layer, adapter)
     if isinstance(layer, lora.Embedding):
         layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = new_a, new_b
-        del layer.lora_c[adapter]
-        if isinstance(layer.lora_variant.get(adapter), EmbeddingGate):
-            del layer.lora_variant[adapter]
     else:
-        lora_a = layer.lora_A[adapter]
-        del lora_a.c
-        lora_a.__class__ = type(lora_a).__bases__[0]
-        lora_a.weight, layer.lora_B[adapter].weight = new_a, new_b
-    layer.use_rslora[adapter] = False
-    layer.scaling[adapter] = 1.0
-    note_layer_rank_(layer, adapter, rank)
-    layer.lora_alpha[adapter] = rank
-    _forget_gates_(layer, adapter)
+        layer.lora_A[adapter].weight, layer.lora_B[adapter].weight = new_a, new_b
+    layer.use_rslora[adapter], layer.scaling[adapter] = False, 1.0
+    note_layer_rank_(layer, adapter, len(a))
 
 
-def _forget_gates_(layer: Any, adapter: str) -> None:
-    """Drop the buffers, and become a stock LoRA layer once no adapter has gates."""
-    del layer.lora_ema[adapter], layer.lora_live[adapter]
-    layer.__dict__.get("dropped_factors", {}).pop(adapter, None)
-    if len(layer.lora_ema) == 0:
-        del layer.lora_ema, layer.lora_live
-        layer.__dict__.pop("adapter_layer_names", None)
-        layer.__dict__.pop("dropped_factors", None)
-        if hasattr(layer, "lora_c"):
-            del layer.lora_c
-        layer.__class__ = layer.stock_class
-
-
-def _remove_(base_model: nn.Module, gated: GatedComponents) -> None:
-    """Take a rank-0 adapter out of its layer, and the layer out of the model if it was the last.
-
-    PEFT's ``delete_adapter`` would make another adapter active in this one layer only.
-    """
-    layer = gated.layer
-    entries = (*layer.adapter_layer_names, *layer.other_param_names)
-    _forget_gates_(layer, gated.adapter)
-    for name in entries:
-        if gated.adapter in (held := getattr(layer, name, {})):
-            del held[gated.adapter]
-    layer.lora_variant.pop(gated.adapter, None)
-    if len(layer.lora_dropout) == 0 and can_drop(layer):
-        parent, _, child = gated.name.rpartition(".")
+def _remove_(base_model: nn.Module, module: GatedComponents) -> None:
+    """Take a rank-0 adapter out of its layer, and the layer out of the model if it was the last."""
+    layer, is_half = module.layer, module.layer.is_half_of_attention
+    detach_gate_(layer, module.adapter)
+    with without_active_adapter(layer):  # PEFT would make another one active in this layer only
+        layer.delete_adapter(module.adapter)
+    if len(layer.lora_dropout) == 0 and not is_half:
+        parent, _, child = module.name.rpartition(".")
         setattr(base_model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def leave_gates_(model: nn.Module, adapter: str, config: LoraConfig) -> None:
-    """Replace the adapter's config, and our classes once no gates are left in the model."""
+def _leave_gates_(model: nn.Module, adapter: str, config: LoraConfig) -> None:
+    """Replace the adapter's config, and our model class once no gates are left."""
     swap_config_(model, adapter, config)
     for module in model.modules():
         if isinstance(module, DynLoraModel) and not any(

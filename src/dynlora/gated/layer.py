@@ -1,308 +1,38 @@
 """Gates inside PEFT's LoRA layers: y = W x + s · B (c ⊙ A x).
 
-The gate c lives inside ``lora_A[adapter]``: the class of that module is swapped for one that
-multiplies its output by c, and the class of the LoRA layer for one whose ``get_delta_weight`` sees
-c. So every backend that computes ``lora_B(lora_A(dropout(x))) * scaling`` works unmodified.
-Embeddings keep their factors as bare parameters; they get a ``lora_c`` entry and a LoraVariant.
-A plain Linear has a faster path for the same function, in ``fused.py``.
+The gate c is a parameter of ``lora_A[adapter]``, whose output a forward hook multiplies by it, so every
+backend that computes ``lora_B(lora_A(dropout(x))) * scaling`` works unmodified. Embeddings keep their
+factors as bare parameters; they get a ``lora_c`` entry and a LoraVariant. Classes stay PEFT's.
 
 Beside the weights, each layer holds two buffers: ``lora_ema`` (smoothed importance, Eq. 8) and
 ``lora_live`` (False = pruned). They are saved and loaded with the adapter, so a checkpoint is whole.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from dynlora._private import BufferDict
-from dynlora.lora.components import Factor, LoraComponents, note_layer_rank_, replace_data_
+from dynlora._private import BufferDict, stand_in
+from dynlora.lora.components import Factor, LoraComponents, pair_of
 
-BUFFERS = ("lora_ema", "lora_live")
-_gated: dict[type, type] = {}
-_dynlora: dict[type, type] = {}
-
-
-def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Subclass of a Linear or ConvNd class whose outputs, one per component, are multiplied by c."""
-    if cls not in _gated:
-        is_linear = issubclass(cls, nn.Linear)
-
-        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            z: Tensor = cls.forward(self, x, *args, **kwargs)
-            c = self.c.to(z.dtype)
-            return z * (c if is_linear else c.view(1, -1, *[1] * (z.ndim - 2)))
-
-        _gated[cls] = _named_class("Gated" + cls.__name__, cls, {"forward": forward})
-    return _gated[cls]
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_c")
+_BY_ADAPTER = ("lora_ema", "lora_live", "dropped_factors", "components_of")
+"""What a layer with gates holds beside the weights, each by the adapter's name."""
 
 
-def dynlora_class(cls: type[lora.LoraLayer]) -> type[lora.LoraLayer]:
-    """Subclass of a LoRA layer class that merges, saves and loads the gates of its adapters."""
-    if cls not in _dynlora:
+def _buffer(name: str, meaning: str) -> Any:
+    """A property that is the module's entry in one of its layer's buffers."""
 
-        def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-            if isinstance(self.lora_variant.get(adapter), EmbeddingGate):
-                return embedding_delta(self, adapter)
-            if is_dropped(self, adapter):  # torchao's merge asks for it all the same
-                shape = (self.out_features, self.in_features)
-                is_transposed = getattr(self, "fan_in_fan_out", False)
-                return self.lora_ema[adapter].new_zeros(shape[::-1] if is_transposed else shape)
-            if not is_gated(self, adapter):
-                return cls.get_delta_weight(self, adapter, *args, **kwargs)
-            with _gate_in_weight(self.lora_A[adapter]):
-                return cls.get_delta_weight(self, adapter, *args, **kwargs)
+    def read(module: Any) -> Tensor:
+        return getattr(module.layer, name)[module.adapter]
 
-        def _load_from_state_dict(
-            self: Any, state: dict[str, Tensor], prefix: str, *rest: Any
-        ) -> None:
-            for adapter in list(self.lora_ema):
-                _restore_empty_(state, prefix, adapter)
-                saved = state.get(f"{prefix}lora_ema.{adapter}")
-                if saved is not None:
-                    resize_(self, adapter, saved.shape[0])
-            cls._load_from_state_dict(self, state, prefix, *rest)
+    def write(module: Any, value: Tensor) -> None:
+        getattr(module.layer, name)[module.adapter] = value
 
-        def other_param_names(self: Any) -> tuple[str, ...]:
-            """What ``delete_adapter`` empties beside the weights; some stock layers add to it."""
-            stock = self.__dict__.get("other_param_names", cls.other_param_names)
-            own = (*BUFFERS, "dropped_factors")
-            return (*stock, *(name for name in own if hasattr(self, name)))
-
-        def components_class(self: Any, adapter: str) -> type[LoraComponents]:
-            is_ours = is_gated(self, adapter) or is_dropped(self, adapter)
-            return GatedComponents if is_ours else LoraComponents
-
-        body = {
-            "get_delta_weight": get_delta_weight,
-            "_load_from_state_dict": _load_from_state_dict,
-            "other_param_names": property(other_param_names),
-            "components_class": components_class,
-            "stock_class": cls,
-        }
-        name = "DynLora" + cls.__module__.rpartition(".")[2].title() + cls.__name__
-        _dynlora[cls] = _named_class(name, cls, body)
-    return _dynlora[cls]
-
-
-def _restore_empty_(state: dict[str, Tensor], prefix: str, adapter: str) -> None:
-    """Put back the empty buffers of a dropped module that were lost when the state was saved.
-
-    accelerate's ``save_state`` takes all empty tensors for one shared tensor and keeps one of them.
-    """
-    ema, live = f"{prefix}lora_ema.{adapter}", f"{prefix}lora_live.{adapter}"
-    is_whole_model = any(key.startswith(f"{prefix}base_layer.") for key in state)
-    names = (f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_embedding_A.{adapter}")
-    if is_whole_model and not any(name in state for name in names):
-        state.setdefault(ema, torch.zeros(0))
-        state.setdefault(live, torch.zeros(0, dtype=torch.bool))
-
-
-def _named_class(name: str, base: type, body: dict[str, Any]) -> Any:
-    """A generated class that pickle finds by its name in this file."""
-    globals()[name] = type(name, (base,), {**body, "__module__": __name__})
-    return globals()[name]
-
-
-@contextmanager
-def _gate_in_weight(lora_a: Any) -> Iterator[None]:
-    """Let ``lora_a.weight`` be c ⊙ weight, with gradient, for as long as the context lasts."""
-    parameters = dict(lora_a._parameters)  # their order is the order of the optimizer's state
-    weight = lora_a._parameters.pop("weight")
-    gate = lora_a.c.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
-    lora_a.weight = weight * gate
-    try:
-        yield
-    finally:
-        del lora_a.weight
-        lora_a._parameters.clear()
-        lora_a._parameters.update(parameters)
-
-
-def is_gated(layer: lora.LoraLayer, adapter: str) -> bool:
-    """Whether ``layer`` holds factors with gates for ``adapter`` (not so once it fell to rank 0)."""
-    if adapter in layer.lora_A:
-        return hasattr(layer.lora_A[adapter], "c")
-    return isinstance(layer.lora_variant.get(adapter), EmbeddingGate)
-
-
-def factors(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """A (rank, in, ...), B (out, rank, ...) and c (rank,) of a gated adapter in one layer."""
-    if isinstance(layer, lora.Embedding):
-        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        return a, b, layer.lora_c[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.lora_A[adapter].c
-
-
-def embedding_delta(layer: Any, adapter: str) -> Tensor:
-    """ΔW of a gated embedding, (vocabulary, dim)."""
-    a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]  # (r, vocab), (dim, r)
-    delta: Tensor = ((b * layer.lora_c[adapter].to(b.dtype)) @ a).T * layer.scaling[adapter]
-    return delta
-
-
-class EmbeddingGate(lora.LoraVariant):  # type: ignore[misc]  # peft is untyped
-    """Forward and merge of a gated embedding: e(x) = W[x] + s · (A[:, x]ᵀ ⊙ c) Bᵀ."""
-
-    @staticmethod
-    def init(module: Any, adapter_name: str, **_kwargs: Any) -> None:
-        """Nothing to do: ``attach_gate_`` follows whenever PEFT builds the factors."""
-
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The merged weight, as a new tensor."""
-        return orig_weight + embedding_delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        """Merge in place."""
-        orig_weight.data.add_(embedding_delta(module, active_adapter))
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight without the update, as a new tensor."""
-        return orig_weight - embedding_delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def forward(
-        module: Any, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
-    ) -> Tensor:
-        """Embed ``x`` (...,) and add the update to ``result`` (..., dim)."""
-        a = module.lora_embedding_A[active_adapter].T
-        b = module.lora_embedding_B[active_adapter].T
-        z = module._embed(x, a)
-        z = z * module.lora_c[active_adapter].to(z.dtype)
-        update = z @ b * module.scaling[active_adapter]
-        scale = module._get_embed_scale()  # Gemma and others scale inside their embedding
-        return result + (update if scale is None else update * scale.to(update.dtype))
-
-
-def attach_gate_(
-    layer: Any,
-    adapter: str,
-    *,
-    identity: bool,
-    init_std: float | None,
-    init: str = "kaiming",
-) -> nn.Parameter:
-    """Give ``adapter`` of a stock LoRA layer its gate and buffers, and draw A and B anew, in place.
-
-    Args:
-        layer: a LoRA layer that holds ``adapter``.
-        adapter: name of the adapter.
-        identity: True starts at ΔW = 0 (c = 0, or B = 0); False keeps PEFT's random A and B and c = 1.
-        init_std: None for a Kaiming initialisation, else the standard deviation.
-        init: where that is None: ``kaiming`` or ``lora``, as DynLoraConfig says.
-
-    Returns:
-        The gate, (rank,).
-    """
-    if isinstance(layer, lora.Embedding):
-        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        if not hasattr(layer, "lora_c"):
-            layer.lora_c = nn.ParameterDict()
-            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_c")
-        gate = nn.Parameter(torch.zeros(a.shape[0], dtype=a.dtype, device=a.device))
-        layer.lora_c[adapter] = gate
-        layer.lora_variant[adapter] = EmbeddingGate()
-        gate = layer.lora_c[adapter]
-    else:
-        lora_a = layer.lora_A[adapter]
-        a, b = lora_a.weight, layer.lora_B[adapter].weight
-        lora_a.__class__ = gated_class(type(lora_a))
-        gate = nn.Parameter(torch.zeros(a.shape[0], dtype=a.dtype, device=a.device))
-        lora_a.c = gate
-    if not hasattr(type(layer), "stock_class"):
-        layer.__class__ = dynlora_class(type(layer))
-    if not hasattr(layer, "lora_ema"):
-        layer.lora_ema = BufferDict({}, persistent=True)
-        layer.lora_live = BufferDict({}, persistent=True)
-    layer.lora_ema[adapter] = torch.zeros(a.shape[0], device=a.device)
-    layer.lora_live[adapter] = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
-    layer.__dict__.get("dropped_factors", {}).pop(adapter, None)  # of a namesake replaced just now
-    if a.device.type != "meta":
-        _draw_(a, b, gate, identity=identity, init_std=init_std, init=init)
-    return gate
-
-
-@torch.no_grad()
-def _draw_(
-    a: Tensor, b: Tensor, gate: Tensor, *, identity: bool, init_std: float | None, init: str
-) -> None:
-    """Initial values: PEFT's, Kaiming uniform with the official code's a = 0, or N(0, init_std²)."""
-    if not identity or (init_std is None and init == "lora"):
-        gate.fill_(1.0)  # A and B stay as PEFT has drawn them
-        return
-    for factor in (a, b):
-        if init_std is None:
-            nn.init.kaiming_uniform_(factor, a=0)
-        else:
-            nn.init.normal_(factor, std=init_std)
-
-
-def drop_(layer: Any, adapter: str) -> None:
-    """Let a layer stop computing an adapter that fell to rank 0; its empty factors are put aside."""
-    kept = {}
-    for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_c"):
-        entries = getattr(layer, name, {})
-        if adapter in entries:
-            kept[name] = entries[adapter]
-            del entries[adapter]
-    layer.__dict__.setdefault("dropped_factors", {})[adapter] = kept
-    device = layer.lora_ema[adapter].device
-    layer.lora_ema[adapter] = torch.zeros(0, device=device)
-    layer.lora_live[adapter] = torch.zeros(0, dtype=torch.bool, device=device)
-
-
-def is_dropped(layer: Any, adapter: str) -> bool:
-    """Whether ``adapter`` fell to rank 0 in this layer and is no longer computed."""
-    return adapter in layer.__dict__.get("dropped_factors", {})
-
-
-def dropped_parameters(layer: Any, adapter: str) -> list[nn.Parameter]:
-    """The empty parameters that ``drop_`` put aside, which no optimizer needs any more."""
-    kept = layer.__dict__.get("dropped_factors", {}).get(adapter, {})
-    return [
-        parameter
-        for factor in kept.values()
-        for parameter in (factor.parameters() if isinstance(factor, nn.Module) else (factor,))
-    ]
-
-
-def resize_(layer: Any, adapter: str, rank: int) -> None:
-    """Give the factors of ``adapter`` the rank of a checkpoint about to be loaded, in place.
-
-    Parameters keep their identity, so an optimizer that holds them stays right; their values are
-    undefined until the checkpoint is loaded.
-    """
-    if is_dropped(layer, adapter):
-        if rank == 0:
-            return
-        for name, factor in layer.__dict__["dropped_factors"].pop(adapter).items():
-            getattr(layer, name)[adapter] = factor
-    a, b, c = factors(layer, adapter)
-    if c.shape[0] != rank:
-        replace_data_(a, a.data.new_zeros(rank, *a.shape[1:]))
-        replace_data_(b, b.data.new_zeros(b.shape[0], rank, *b.shape[2:]))
-        replace_data_(c, c.data.new_zeros(rank))
-    if layer.lora_ema[adapter].shape[0] != rank:
-        layer.lora_ema[adapter] = layer.lora_ema[adapter].new_zeros(rank)
-        layer.lora_live[adapter] = layer.lora_live[adapter].new_ones(rank)
-    if rank == 0 and can_drop(layer):
-        drop_(layer, adapter)
-    else:
-        note_layer_rank_(layer, adapter, rank)
-
-
-def can_drop(layer: Any) -> bool:
-    """Whether a layer can do without its adapter at rank 0.
-
-    MultiheadAttention adapts two projections at once and expects both to hold the adapter.
-    """
-    return not getattr(layer, "is_half_of_attention", False)
+    return property(read, write, doc=meaning)
 
 
 class GatedComponents(LoraComponents):
@@ -312,7 +42,7 @@ class GatedComponents(LoraComponents):
 
     @property
     def layers(self) -> tuple[Any, ...]:
-        """The layer."""
+        """The layer: each half of MultiheadAttention has ranks of its own."""
         return (self.layer,)
 
     @property
@@ -339,33 +69,12 @@ class GatedComponents(LoraComponents):
 
     @property
     def probes(self) -> list[Factor]:
-        """The gate, whose product with its gradient is the sensitivity."""
+        """The gate: its product with its gradient is the sensitivity, and pruned components have 0."""
         return [self.gate_factor]
 
-    @property
-    def switches(self) -> list[Factor]:
-        """The gate, which is 0 where a component is pruned."""
-        return [self.gate_factor]
-
-    @property
-    def ema(self) -> Tensor:
-        """Smoothed importance, (rank,)."""
-        ema: Tensor = self.layer.lora_ema[self.adapter]
-        return ema
-
-    @ema.setter
-    def ema(self, value: Tensor) -> None:
-        self.layer.lora_ema[self.adapter] = value
-
-    @property
-    def live(self) -> Tensor:
-        """False where a component is pruned, (rank,), bool."""
-        live: Tensor = self.layer.lora_live[self.adapter]
-        return live
-
-    @live.setter
-    def live(self, value: Tensor) -> None:
-        self.layer.lora_live[self.adapter] = value
+    switches = probes
+    ema = _buffer("lora_ema", "Smoothed importance, (rank,).")
+    live = _buffer("lora_live", "False where a component is pruned, (rank,), bool.")
 
     def forget_scores(self) -> None:
         """Nothing: the layer keeps its scores, also between two looks at it."""
@@ -373,34 +82,180 @@ class GatedComponents(LoraComponents):
     @property
     def is_dropped(self) -> bool:
         """Whether the module fell to rank 0 and computes no adapter any more."""
-        return is_dropped(self.layer, self.adapter)
+        return self.adapter in self.layer.dropped_factors
 
     @property
     def can_drop(self) -> bool:
-        """Whether the layer can do without its adapter."""
-        return can_drop(self.layer) and not self.must_stay
+        """Whether the layer can do without its adapter; PEFT asks both halves of an attention for it."""
+        return not self.layer.is_half_of_attention and not self.must_stay
 
     @property
     def rank(self) -> int:
         """Stored components, pruned ones that still have a place included."""
         return int(self.live.shape[0])
 
+    def resize_(self, rank: int) -> None:
+        """Give the factors the rank of a checkpoint that is about to be loaded, in place; 0 drops them.
+
+        Parameters stay the same objects, so an optimizer that holds them stays right; their values are
+        undefined until the checkpoint is loaded.
+        """
+        if rank == 0 and self.can_drop:
+            if not self.is_dropped:
+                self.drop_()
+        elif rank != self.rank:
+            for name, entry in self.layer.dropped_factors.pop(self.adapter, {}).items():
+                getattr(self.layer, name)[self.adapter] = entry
+            super().resize_(rank)
+            self.ema, self.live = self.ema.new_zeros(rank), self.live.new_ones(rank)
+
     def drop_(self) -> list[nn.Parameter]:
         """Stop computing the adapter; its empty factors are put aside for a later checkpoint."""
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.live.device)
-        for factor in self.factors:
-            factor.cut_(nothing)
-        drop_(self.layer, self.adapter)
-        return dropped_parameters(self.layer, self.adapter)
+        emptied = self.factors
+        parameters = [factor.parameter for factor in emptied]
+        for factor in emptied:
+            factor.cut_(torch.zeros(0, dtype=torch.int64))
+        places = [getattr(self.layer, name, {}) for name in _FACTORS]
+        held = [(n, p) for n, p in zip(_FACTORS, places, strict=True) if self.adapter in p]
+        self.layer.dropped_factors[self.adapter] = {n: p[self.adapter] for n, p in held}
+        for _, place in held:
+            del place[self.adapter]
+        self.ema, self.live = self.ema.new_zeros(0), self.live.new_zeros(0)
+        return parameters
 
-    @classmethod
-    def is_here(cls, layer: Any, adapter: str) -> bool:
-        """Whether the run of ``adapter`` concerns this layer, if only by its rank of 0."""
-        return is_gated(layer, adapter) or is_dropped(layer, adapter)
+
+def attach_gate_(layer: Any, adapter: str, config: Any, *, is_half_of_attention: bool) -> None:
+    """Give ``adapter`` of a stock LoRA layer its gate and buffers, and draw A and B anew, in place.
+
+    Args:
+        layer: a LoRA layer that holds ``adapter``.
+        adapter: name of the adapter.
+        config: its DynLoraConfig, which says how it starts.
+        is_half_of_attention: whether the layer is one of the two of a MultiheadAttention.
+    """
+    if not hasattr(layer, "components_of"):
+        _prepare_(layer, is_half_of_attention=is_half_of_attention)
+    a, b = (factor.parameter for factor in pair_of(layer, adapter))
+    gate = nn.Parameter(torch.zeros(a.shape[0], dtype=a.dtype, device=a.device))
+    if isinstance(layer, lora.Embedding):
+        layer.lora_c[adapter] = gate
+        layer.lora_variant[adapter] = _EmbeddingGate()
+    else:
+        layer.lora_A[adapter].c = gate
+        layer.lora_A[adapter].gate_hook = layer.lora_A[adapter].register_forward_hook(_times_gate)
+    layer.lora_ema[adapter] = torch.zeros(a.shape[0], device=a.device)
+    layer.lora_live[adapter] = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
+    layer.dropped_factors.pop(adapter, None)  # of a namesake replaced just now
+    layer.components_of[adapter] = GatedComponents
+    with torch.no_grad():
+        if config.init_lora_weights is False or (config.init_std is None and config.init == "lora"):
+            gate.fill_(1.0)  # A and B stay as PEFT has drawn them
+        elif config.init_std is None:
+            for factor in (a, b):
+                nn.init.kaiming_uniform_(factor, a=0)  # the official code's a
+        else:
+            for factor in (a, b):
+                nn.init.normal_(factor, std=config.init_std)
 
 
-for _stock in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    gated_class(_stock)  # named at import, so that torch.load finds them in a new process
-for _stock_layer in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
-    dynlora_class(_stock_layer)
-dynlora_class(lora.MultiheadAttention)
+def detach_gate_(layer: Any, adapter: str) -> None:
+    """Take gate and buffers of ``adapter`` off; the last one leaves a layer that is all PEFT's."""
+    if adapter in layer.lora_A and hasattr(layer.lora_A[adapter], "c"):
+        layer.lora_A[adapter].gate_hook.remove()
+        del layer.lora_A[adapter].c, layer.lora_A[adapter].gate_hook
+    if isinstance(layer.lora_variant.get(adapter), _EmbeddingGate):
+        del layer.lora_variant[adapter]
+    for name in ("lora_c", *_BY_ADAPTER):
+        if adapter in getattr(layer, name, ()):
+            del getattr(layer, name)[adapter]
+    if not layer.components_of:
+        layer.load_hook.remove()
+        layer.other_param_names = tuple(n for n in layer.other_param_names if n not in _BY_ADAPTER)
+        for name in (*_BY_ADAPTER, "get_delta_weight", "load_hook", "is_half_of_attention"):
+            delattr(layer, name)
+        if hasattr(layer, "lora_c"):
+            layer.adapter_layer_names = type(layer).adapter_layer_names
+            del layer.lora_c
+
+
+def _prepare_(layer: Any, *, is_half_of_attention: bool) -> None:
+    """Let a stock layer hold gates."""
+    layer.lora_ema, layer.lora_live = (BufferDict({}, persistent=True) for _ in range(2))
+    layer.dropped_factors, layer.components_of = {}, {}
+    layer.is_half_of_attention = is_half_of_attention
+    # what PEFT's delete_adapter empties
+    layer.other_param_names = (*layer.other_param_names, *_BY_ADAPTER)
+    if isinstance(layer, lora.Embedding):
+        layer.lora_c = nn.ParameterDict()
+        layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_c")
+    layer.get_delta_weight = partial(_delta_weight, layer)
+    layer.load_hook = layer.register_load_state_dict_pre_hook(_take_ranks)
+
+
+def _times_gate(lora_a: Any, _args: Any, z: Tensor) -> Tensor:
+    """The output of a Linear or ConvNd, one channel for each component, times c."""
+    c = lora_a.c.to(z.dtype)
+    return z * (c if isinstance(lora_a, nn.Linear) else c.view(1, -1, *[1] * (z.ndim - 2)))
+
+
+def _delta_weight(layer: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+    """What PEFT merges, with c in A, in an Embedding in B; with gradient."""
+    stock = partial(type(layer).get_delta_weight, layer, adapter, *args, **kwargs)
+    if adapter not in layer.components_of:
+        return stock()
+    c = GatedComponents("", layer, adapter).gate
+    if isinstance(layer, lora.Embedding):
+        b = layer.lora_embedding_B[adapter]
+        with stand_in(layer.lora_embedding_B, adapter, b * c.to(b.dtype)):
+            return stock()
+    a = layer.lora_A[adapter].weight
+    gated = a * c.to(a.dtype).view(-1, *[1] * (a.ndim - 1))
+    with stand_in(layer.lora_A[adapter], "weight", gated):
+        return stock()
+
+
+def _take_ranks(layer: Any, state: dict[str, Tensor], prefix: str, *_rest: object) -> None:
+    """Before a layer is loaded: give its gated adapters the ranks that the state holds.
+
+    accelerate's ``save_state`` takes all empty tensors for one shared tensor and keeps one of them, so
+    those of modules of rank 0 may have to be put back.
+    """
+    is_whole_model = any(key.startswith(f"{prefix}base_layer.") for key in state)
+    for adapter in layer.components_of:
+        ema, live = f"{prefix}lora_ema.{adapter}", f"{prefix}lora_live.{adapter}"
+        factors = (f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_embedding_A.{adapter}")
+        if is_whole_model and not any(name in state for name in factors):
+            state.setdefault(ema, torch.zeros(0))
+            state.setdefault(live, torch.zeros(0, dtype=torch.bool))
+        if ema in state:
+            GatedComponents("", layer, adapter).resize_(state[ema].shape[0])
+
+
+class _EmbeddingGate(lora.LoraVariant):  # type: ignore[misc]  # peft is untyped
+    """Forward and merge of a gated embedding: e(x) = W[x] + s · (A[:, x]ᵀ ⊙ c) Bᵀ."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **_kwargs: Any) -> None:
+        """Nothing to do: ``attach_gate_`` follows whenever PEFT builds the factors."""
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data.add_(module.get_delta_weight(active_adapter))
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
+    ) -> Tensor:
+        z = module._embed(x, module.lora_embedding_A[active_adapter].T)
+        z = z * module.lora_c[active_adapter].to(z.dtype)
+        update = z @ module.lora_embedding_B[active_adapter].T * module.scaling[active_adapter]
+        scale = module._get_embed_scale()  # Gemma and others scale inside their embedding
+        return result + (update if scale is None else update * scale.to(update.dtype))

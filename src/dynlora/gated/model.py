@@ -1,6 +1,6 @@
 """DynLoraModel: PEFT's LoraModel with gates, registered as the PEFT method DYNLORA."""
 
-import re
+import copy
 from typing import Any, NoReturn
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -10,14 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dynlora._private import ConvNd
-from dynlora.gated.adapter_file import check_tensors
-from dynlora.gated.base_match import check_against_base, check_others, check_same_modules
+from dynlora.adapter_files.plain_config import exact_key
 from dynlora.gated.config import DYNLORA, DynLoraConfig
-from dynlora.gated.configs import with_one_component
-from dynlora.gated.guard import expect_allocator
-from dynlora.gated.layer import attach_gate_, resize_
+from dynlora.gated.layer import GatedComponents, attach_gate_
+from dynlora.gated.stored import StoredAdapter
 from dynlora.lora.components import find_components, unwrapped
 
 
@@ -37,7 +37,7 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         _refuse_fused_experts(model, config)
         stored = config.__dict__.pop("stored", None)
         if stored is not None:
-            check_against_base(unwrapped(model), config, stored)
+            stored.check_against(unwrapped(model), config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @classmethod
@@ -49,16 +49,13 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         # a caller of set_peft_model_state_dict may bring trained biases that the config does not name
-        stored = check_tensors({k: v for k, v in state_dict.items() if not k.endswith(".bias")})
-        check_others(unwrapped(model), config, stored)
+        stored = StoredAdapter.of({k: v for k, v in state_dict.items() if not k.endswith(".bias")})
+        stored.check_others(unwrapped(model), config)
         modules = find_components(model, adapter_name)
-        check_same_modules([m.name for m in modules], stored)
-        for (
-            module
-        ) in modules:  # PEFT finds the keys of a file through the layers that the model has
-            shapes = stored.shapes.get(module.name)
-            if module.is_dropped and shapes is not None:
-                resize_(module.layer, adapter_name, shapes[0][0])
+        stored.check_modules([m.name for m in modules])
+        for module in modules:  # PEFT finds a file's keys through the layers that the model has
+            if module.is_dropped and (shapes := stored.shapes.get(module.name)):
+                module.resize_(shapes[0][0])
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -74,43 +71,25 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if getattr(base, "groups", 1) > 1:
-            raise ValueError(
-                f"target_modules matches {target_name!r}, a convolution with groups={base.groups}: its "
-                "components do not reach all outputs, so their norms cannot be compared. Name it in "
-                "exclude_modules."
-            )
         ranks = lora_config.rank_pattern
         is_empty = ranks.get(get_pattern_key(ranks, current_key)) == 0
-        built = with_one_component(lora_config, current_key) if is_empty else lora_config
+        built = copy.copy(lora_config)
+        if is_empty:  # PEFT refuses rank 0
+            built.rank_pattern = {exact_key(current_key): 1}
         super()._create_and_replace(
             built, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
-        trained = adapter_name in self.active_adapters and not lora_config.inference_mode
-        identity = lora_config.init_lora_weights is not False
-        inner = [m for m in layer.modules() if isinstance(m, lora.LoraLayer)]
-        if not all(adapter_name in {*m.lora_A, *m.lora_embedding_A} for m in inner):
-            raise ValueError(
-                f"target_modules matches {target_name!r}, whose custom LoRA layer "
-                f"{type(layer).__name__} keeps no lora_A: there are no components to gate. Name it in "
-                "exclude_modules."
-            )
-        for lora_layer in inner:  # MultiheadAttention hides a second one in its out_proj
-            lora_layer.is_half_of_attention = isinstance(layer, lora.MultiheadAttention)
-            gate = attach_gate_(
-                lora_layer,
-                adapter_name,
-                identity=identity,
-                init_std=lora_config.init_std,
-                init=lora_config.init,
-            )
-            gate.requires_grad_(trained)
+        is_trained = adapter_name in self.active_adapters and not lora_config.inference_mode
+        is_attention = isinstance(layer, lora.MultiheadAttention)
+        for half in (layer, layer.base_layer.out_proj) if is_attention else (layer,):
+            attach_gate_(half, adapter_name, lora_config, is_half_of_attention=is_attention)
+            module = GatedComponents(current_key, half, adapter_name)
+            module.gate.requires_grad_(is_trained)
             if is_empty:
-                resize_(lora_layer, adapter_name, 0)
-            if lora_config.target_r < lora_layer.r[adapter_name]:
-                expect_allocator(lora_layer, adapter_name)
+                module.resize_(0)
+            elif lora_config.target_r == "auto" or lora_config.target_r < module.rank:
+                module.gate.awaits_allocator = adapter_name  # type: ignore[attr-defined]  # ours
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refused: PEFT's combinations read A and B and would silently ignore the gates.
@@ -126,9 +105,6 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
 
 def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
     """PEFT's LoRA turns such names into ``target_parameters``; for other methods it leaves them out."""
-    named = config.target_modules
-    if not named:
-        return
     modules = dict(model.named_modules())
     fused = [
         f"{name}.{parameter}"
@@ -137,13 +113,12 @@ def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3 and min(weight.shape) > 1  # a ViT's class token is (1, 1, hidden)
     ]
-    if not fused:
-        return
+    named = config.target_modules or ()
     if isinstance(named, str):
-        missing = [named] if named == "all-linear" or _names_experts(named, fused) else []
+        missing = [named] if named == "all-linear" else []
     else:
         missing = [k for k in sorted(named) if not any(f".{n}".endswith(f".{k}") for n in modules)]
-    if missing:
+    if fused and missing:
         raise ValueError(
             f"target_modules={missing} match no module of {type(model).__name__}, whose experts are "
             f"fused into tensors such as {fused[0]!r}: no LoRA layer there could hold gates. Train "
@@ -152,14 +127,17 @@ def _refuse_fused_experts(model: nn.Module, config: DynLoraConfig) -> None:
         )
 
 
-def _names_experts(pattern: str, fused: list[str]) -> bool:
-    """Whether a regular expression means experts, by their present names or by those before fusing."""
-    modules = {name.rpartition(".")[0] for name in fused}
-    parts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-    former = [
-        f"{module}.{place}{part}" for module in modules for part in parts for place in ("", "0.")
-    ]
-    return any(re.fullmatch(pattern, name) for name in [*fused, *former])
+def _refuse_unattended_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    """A DynLoraConfig asks for pruning: training its gates without an allocator is an error."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        adapter = getattr(parameter, "awaits_allocator", None)
+        if adapter is not None and parameter.grad is not None:
+            raise RuntimeError(
+                f"DynLora adapter {adapter!r} is being trained without a RankAllocator, so nothing "
+                "would ever be pruned. Add callbacks=[DynLoraCallback()] to your Trainer, or build "
+                "RankAllocator(model, optimizer, total_steps=...) before the first optimizer.step(). "
+                "To train gates without pruning on purpose, set target_r=init_r."
+            )
 
 
 def register() -> None:
@@ -172,6 +150,7 @@ def register() -> None:
             prefix="lora_",
             is_mixed_compatible=False,
         )
+        register_optimizer_step_pre_hook(_refuse_unattended_step)
 
 
 register()

@@ -1,5 +1,6 @@
 """One adapter of a model as a whole: its modules, and the config that describes them at any time."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -10,7 +11,7 @@ from dynlora.allocation import Settings, settings_from
 from dynlora.lora.configs import ragged_config, rewrites_base, swap_config_
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
 
-_NO_COMPONENTS = {
+NO_COMPONENTS = {
     "use_dora": "the magnitude of weight-decomposed DoRA (NVIDIA) belongs to no component",
     "use_qalora": "QA-LoRA pools the inputs of A",
     "use_bdlora": "block-diagonal LoRA has no rank-one components",
@@ -22,6 +23,26 @@ _NO_COMPONENTS = {
     "layer_replication": "replicated layers share weights that would be pruned twice",
     "ensure_weight_tying": "tied factors belong to two modules at once",
 }
+
+
+def refuse_variants(
+    config: LoraConfig,
+    reasons: Mapping[str, str],
+    *,
+    beside: str = "rank allocation",
+    instead: str = "train without dynlora",
+) -> None:
+    """Refuse a config that sets one of the fields in ``reasons``.
+
+    Raises:
+        ValueError: it does; the message names the field, its value and what to do ``instead``.
+    """
+    for field, reason in reasons.items():
+        if value := getattr(config, field, None):
+            raise ValueError(
+                f"{field}={value!r} cannot be combined with {beside}: {reason}. Leave {field} at its "
+                f"default, or {instead}."
+            )
 
 
 class LoraAdapter:
@@ -48,13 +69,7 @@ class LoraAdapter:
         Raises:
             ValueError: the config asks for such a variant, or a module is of a kind without components.
         """
-        for field, reason in _NO_COMPONENTS.items():
-            if getattr(self.start.config, field, None):
-                raise ValueError(
-                    f"{field}={getattr(self.start.config, field)!r} in the LoraConfig cannot be combined "
-                    f"with rank allocation: {reason}. Leave {field} at its default, or train "
-                    "without dynlora."
-                )
+        refuse_variants(self.start.config, NO_COMPONENTS)
         for module in self.start.modules:
             base = module.layer.get_base_layer()
             if isinstance(base, ConvNd) and base.groups > 1:

@@ -7,7 +7,6 @@ PEFT's layers hold several such pairs under one rank. MultiheadAttention adapts 
 rank for them, so only whole slots can be removed from what is saved.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dynlora._private import uncompiled, without_active_adapter
-from dynlora.lora.sharding import full_shape, is_sharded, refuse_fsdp1
-from dynlora.lora.zero import unwrap_engine
+from dynlora.lora.sharding import full_shape, is_sharded, refuse_fsdp1, unwrap_engine
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, activation checkpointing
 
@@ -51,6 +49,11 @@ class Factor:
     dim: int
     copies: int = 1
     is_grouped: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the parameter, in the layer."""
+        return ".".join(filter(None, (self.container, self.adapter, self.attribute)))
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -111,7 +114,6 @@ class LoraComponents:
         adapter: name of the adapter.
 
     Attributes:
-        path, layer, adapter: as given.
         name: the path, or that of the parameter for fused experts, as PEFT's patterns see it.
         ema: smoothed importance, (rank,), fp32.
         live: False where a component is pruned, (rank,), bool.
@@ -150,7 +152,7 @@ class LoraComponents:
     @property
     def pairs(self) -> list[tuple[Factor, Factor]]:
         """A and B of each of ``layers``."""
-        return [_pair(layer, self.adapter) for layer in self.layers]
+        return [pair_of(layer, self.adapter) for layer in self.layers]
 
     @property
     def factors(self) -> list[Factor]:
@@ -159,10 +161,7 @@ class LoraComponents:
 
     @property
     def probes(self) -> list[Factor]:
-        """The tensors whose product with their gradient is the sensitivity: B of each pair.
-
-        A's product is the same number, and is taken where only A is trained, as MiCA does.
-        """
+        """What the sensitivity is read from, with its gradient: B, or A where only A is trained (MiCA)."""
         return [_trained(a, b) for a, b in self.pairs]
 
     @property
@@ -243,11 +242,7 @@ class LoraComponents:
         return keep if len(keep) or self.can_drop else keep.new_zeros(1)
 
     def keep_(self, keep: Tensor) -> list[nn.Parameter]:
-        """Leave only the components ``keep``, (kept,), in place.
-
-        Returns:
-            The parameters that left the model, if nothing is kept.
-        """
+        """Leave only the components ``keep``, (kept,), in place; returns parameters that left the model."""
         if len(keep) == 0:
             return self.drop_()
         for factor in self.factors:
@@ -268,11 +263,6 @@ class LoraComponents:
                 layer.delete_adapter(self.adapter)
         self.ema, self.live = self.ema[:0], self.live[:0]
         return gone
-
-    @classmethod
-    def is_here(cls, layer: Any, adapter: str) -> bool:
-        """Whether the run of ``adapter`` concerns this layer."""
-        return adapter in {*layer.lora_A, *layer.lora_embedding_A}
 
 
 @torch.no_grad()
@@ -298,11 +288,8 @@ def note_layer_rank_(layer: Any, adapter: str, rank: int) -> None:
     if adapter not in layer.lora_A:
         return
     stored = rank * getattr(layer, "num_experts", 1)
-    for part, sizes in (
-        (layer.lora_A[adapter], ("out_features", "out_channels")),
-        (layer.lora_B[adapter], ("in_features", "in_channels")),
-    ):
-        for size in sizes:
+    for part, side in ((layer.lora_A[adapter], "out"), (layer.lora_B[adapter], "in")):
+        for size in (f"{side}_features", f"{side}_channels"):
             if hasattr(part, size):
                 setattr(part, size, stored)
 
@@ -311,7 +298,8 @@ def _trained(a: Factor, b: Factor) -> Factor:
     return a if a.parameter.requires_grad and not b.parameter.requires_grad else b
 
 
-def _pair(layer: Any, adapter: str) -> tuple[Factor, Factor]:
+def pair_of(layer: Any, adapter: str) -> tuple[Factor, Factor]:
+    """A and B of one LoRA layer."""
     if isinstance(layer, lora.Embedding):
         return (
             Factor(layer, "lora_embedding_A", adapter, "", 0),
@@ -327,7 +315,7 @@ def _pair(layer: Any, adapter: str) -> tuple[Factor, Factor]:
 def find_components(model: nn.Module, adapter: str) -> list[LoraComponents]:
     """The adapted modules of ``adapter``, in module order, named as in the base model.
 
-    A layer may bring another kind of components: its method ``components_class(adapter)``.
+    A layer may bring a class of components of its own by the adapter's name, in ``components_of``.
 
     Raises:
         ValueError: the model is inside FSDP1.
@@ -340,12 +328,11 @@ def find_components(model: nn.Module, adapter: str) -> list[LoraComponents]:
     for name, module in unwrapped(model).named_modules():
         if not isinstance(module, lora.LoraLayer) or id(module) in halves:
             continue
-        choose = getattr(module, "components_class", None)
-        kind = choose(adapter) if choose is not None else LoraComponents
-        if isinstance(module, lora.MultiheadAttention) and kind is LoraComponents:
+        kind = getattr(module, "components_of", {}).get(adapter)
+        if kind is None and isinstance(module, lora.MultiheadAttention):
             halves.add(id(module.base_layer.out_proj))
-        if kind.is_here(module, adapter):
-            found.append(kind(without_wrappers(name), module, adapter))
+        if kind or adapter in {*module.lora_A, *module.lora_embedding_A}:
+            found.append((kind or LoraComponents)(without_wrappers(name), module, adapter))
             found[-1].must_stay = has_biases
     return found
 
@@ -353,11 +340,8 @@ def find_components(model: nn.Module, adapter: str) -> list[LoraComponents]:
 def _pattern_name(path: str, layer: Any) -> str:
     if not isinstance(layer, lora.ParamWrapper):
         return path
-    while path.endswith(
-        ".base_layer"
-    ):  # the parameters of one module are wrapped around each other
-        path = path.removesuffix(".base_layer")
-    return f"{path}.{layer.parameter_name}"
+    # the parameters of one module are wrapped around each other
+    return f"{path.partition('.base_layer')[0]}.{layer.parameter_name}"
 
 
 def without_wrappers(name: str) -> str:
@@ -390,7 +374,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _adapted_inside(model: nn.Module) -> nn.Module | None:
     """The only adapted model inside one that knows of no adapter itself."""
-    holders = adapted_models(model)
+    holders: list[tuple[str, nn.Module]] = []  # the outermost ones
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(outer + ".") or not outer for outer, _ in holders)
+        if isinstance(vars(module).get("peft_config"), dict) and not is_inside:
+            holders.append((name, module))
     if not holders or holders[0][1] is model:
         return None
     if len(holders) > 1:
@@ -400,16 +388,6 @@ def _adapted_inside(model: nn.Module) -> nn.Module | None:
             f"on the inner model: RankAllocator(model.{holders[0][0]}, optimizer, ...)."
         )
     return holders[0][1]
-
-
-def adapted_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the outermost adapted models in ``model``, itself included."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        is_inside = any(name.startswith(outer + ".") or not outer for outer, _ in found)
-        if isinstance(vars(module).get("peft_config"), dict) and not is_inside:
-            found.append((name, module))
-    return found
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:
@@ -424,11 +402,7 @@ def is_lora(config: object) -> bool:
 
 
 def find_adapter(model: nn.Module, adapter: str | None = None) -> tuple[str, LoraConfig]:
-    """Name and config of the model's LoRA adapter.
-
-    Args:
-        model: a model with an injected adapter, wrapped or not.
-        adapter: which one; may be left out if there is one, or one that is trainable.
+    """Name and config of the model's LoRA adapter: the only one, or the only one that is trainable.
 
     Raises:
         ValueError: there is no LoRA adapter, none of that name, or several to choose from.
@@ -451,8 +425,3 @@ def find_adapter(model: nn.Module, adapter: str | None = None) -> tuple[str, Lor
             f"adapter={adapter!r} must name one of the model's LoRA adapters: {sorted(ours)}."
         )
     return adapter, ours[adapter]
-
-
-def sum_of_ranks(modules: Sequence[LoraComponents]) -> int:
-    """Live components of all modules."""
-    return sum(int(m.live.sum()) for m in modules)

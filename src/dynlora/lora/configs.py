@@ -47,7 +47,7 @@ def ragged_config(
     modules: Sequence[LoraComponents],
     ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """A copy of ``config`` from which stock PEFT rebuilds an adapter of the modules' ranks.
+    """A copy of ``config``, the one of the start, from which stock PEFT rebuilds the modules' ranks.
 
     Args:
         model: the model whose module names the patterns must tell apart.
@@ -66,10 +66,8 @@ def ragged_config(
         )
     ragged = copy.copy(config)
     ragged.rank_pattern, ragged.alpha_pattern = {}, {}
-    if (
-        config.init_lora_weights == "orthogonal"
-    ):  # which PEFT refuses at odd ranks, loading included
-        ragged.init_lora_weights = True
+    if config.init_lora_weights == "orthogonal":
+        ragged.init_lora_weights = True  # PEFT refuses the other at odd ranks, loading included
     for module in present:
         key, rank = exact_key(module.name), ranks[module.name]
         alpha = (module.scaling or 1.0) * (rank**0.5 if config.use_rslora else rank)
@@ -99,29 +97,22 @@ def target_fields(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int]
     """
     alive = sorted(n for n, r in ranks.items() if r > 0)
     dead = sorted(n for n, r in ranks.items() if r == 0)
-    own_layers = {
-        "layers_to_transform": config.layers_to_transform,
-        "layers_pattern": config.layers_pattern,
-    }
-    all_layers = dict.fromkeys(own_layers)
-    candidates: list[dict[str, Any]] = []
     names, excluded = config.target_modules, config.exclude_modules
+    own_layers = {n: getattr(config, n) for n in ("layers_to_transform", "layers_pattern")}
+    candidates: list[tuple[Any, list[str], dict[str, Any]]] = []
     if names and not isinstance(names, str) and not isinstance(excluded, str):
-        unused = sorted({*(excluded or ()), *dead})
-        candidates.append(
-            {"target_modules": sorted(names), "exclude_modules": unused or None, **own_layers}
-        )
-    candidates.append({"target_modules": alive, "exclude_modules": dead or None, **all_layers})
+        candidates.append((sorted(names), sorted({*(excluded or ()), *dead}), own_layers))
+    candidates.append((alive, dead, dict.fromkeys(own_layers)))
     one_of = "|".join(re.escape(n) for n in alive)
-    exact = {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **all_layers}
+    candidates.append((f"^(?:{one_of})$", [], dict.fromkeys(own_layers)))
     targetable = targetable_names(model)
-    living = set(alive)
-    wanted = [n for n in targetable if n in living]
-    for fields in candidates:
+    wanted = [n for n in targetable if ranks.get(n)]
+    for targets, unused, layers in candidates:
+        fields = {"target_modules": targets, "exclude_modules": unused or None, **layers}
         trial = LoraConfig(**fields)
         if [n for n in targetable if check_target_module_exists(trial, n)] == wanted:
-            return fields
-    return exact
+            break
+    return fields
 
 
 def targetable_names(model: nn.Module) -> list[str]:

@@ -41,11 +41,7 @@ class AdapterStart:
 
     @classmethod
     def of(cls, model: nn.Module, adapter: str | None = None) -> "AdapterStart":
-        """The adapter of ``model`` as it is now.
-
-        Raises:
-            ValueError: there is no such LoRA adapter, or several to choose from.
-        """
+        """The adapter of ``model`` as it is now; ValueError if there is none, or several to choose from."""
         name, config = find_adapter(model, adapter)
         modules = find_components(model, name)
         return cls(
@@ -113,19 +109,28 @@ class CheckpointFollower:
             if not module.is_dropped:
                 module.drop_()
         elif module.is_dropped:
-            restore_(module, rank, self.start.config, self.start.scalings[module.name])
+            self._restore_(module, rank)
         elif rank != module.rank:
             module.resize_(rank)
+
+    @torch.no_grad()
+    def _restore_(self, module: LoraComponents, rank: int) -> None:
+        """Give a dropped module its adapter back by PEFT's means; values are undefined until loaded."""
+        plain = copy.copy(self.start.config)
+        plain.init_lora_weights = True  # another start could read or rewrite base weights
+        divisor = rank**0.5 if plain.use_rslora else rank
+        alpha = (self.start.scalings[module.name] or 1.0) * divisor
+        with torch.random.fork_rng(devices=[]):
+            module.layer.update_layer(module.adapter, rank, lora_alpha=alpha, config=plain)
+        module.forget_scores()
 
 
 def _stored_rank(module: LoraComponents, state: Mapping[str, Any], prefix: str) -> int:
     """The module's rank in a state dict, 0 where it holds no tensor of the adapter."""
-    for key, dim in (
-        (f"{prefix}lora_B.{module.adapter}.weight", 1),
-        (f"{prefix}lora_embedding_B.{module.adapter}", 1),
-    ):
-        if key in state:
-            return int(state[key].shape[dim]) // int(getattr(module.layer, "num_experts", 1))
+    for name in (f"lora_B.{module.adapter}.weight", f"lora_embedding_B.{module.adapter}"):
+        if prefix + name in state:
+            stored = int(state[prefix + name].shape[1])
+            return stored // int(getattr(module.layer, "num_experts", 1))
     return 0
 
 
@@ -144,22 +149,3 @@ def _name_adapter_(module: LoraComponents, state: dict[str, Any], prefix: str) -
     for key, named in renamed.items():
         state[named] = state.pop(key)
     return bool(renamed)
-
-
-@torch.no_grad()
-def restore_(module: LoraComponents, rank: int, config: LoraConfig, scaling: float | None) -> None:
-    """Give a dropped module its adapter back by PEFT's own means; values are undefined until loaded.
-
-    Args:
-        module: a dropped module.
-        rank: components it gets, at least 1.
-        config: of the adapter.
-        scaling: the module's, when the run began.
-    """
-    plain = copy.copy(config)
-    plain.init_lora_weights = True  # another start could read or rewrite base weights
-    divisor = rank**0.5 if config.use_rslora else rank
-    alpha = (scaling or 1.0) * divisor
-    with torch.random.fork_rng(devices=[]):
-        module.layer.update_layer(module.adapter, rank, lora_alpha=alpha, config=plain)
-    module.forget_scores()
