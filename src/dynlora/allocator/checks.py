@@ -91,9 +91,8 @@ def check_target(
                 f"experts or their biases are trained, such as {fixed[0]!r}"
             )
         raise ValueError(f"{asked}, but {needed} must stay: {why}. Raise target_r.")
-    if target < max(
-        costs
-    ):  # cuts are final: what is left at last could be too large for the target
+    # cuts are final: what is left at last could be too large for the target
+    if target < max(costs):
         largest = modules[costs.index(max(costs))].name
         raise ValueError(
             f"{asked}, but one component of module {largest!r} has {max(costs)}, so perhaps no component "

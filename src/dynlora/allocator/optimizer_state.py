@@ -52,9 +52,8 @@ def _cut(key: str, value: object, old: Tensor, keep: Tensor, dim: int) -> object
     if isinstance(value, list | tuple):
         parts = [_cut(f"{key}[{i}]", v, old, keep, dim) for i, v in enumerate(value)]
         kind: Any = type(value)
-        return (
-            kind(*parts) if hasattr(value, "_fields") else kind(parts)
-        )  # a NamedTuple takes fields
+        is_named = hasattr(value, "_fields")  # a NamedTuple takes fields
+        return kind(*parts) if is_named else kind(parts)
     if not isinstance(value, Tensor):
         if isinstance(value, int | float | str | bool | bytes | None) or callable(value):
             return value

@@ -135,9 +135,7 @@ class StoredAdapter:
         """
         known = [*(config.modules_to_save or ()), "embed_tokens", "lm_head"]
         for getter in ("get_input_embeddings", "get_output_embeddings"):
-            with contextlib.suppress(
-                NotImplementedError
-            ):  # of a model with two vocabularies or none
+            with contextlib.suppress(NotImplementedError):  # a model has two vocabularies or none
                 embedding = getattr(model, getter, lambda: None)()
                 known += [n for n, m in model.named_modules() if m is embedding]
         for key in self.others:
