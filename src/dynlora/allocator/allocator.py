@@ -272,11 +272,7 @@ class RankAllocator:
             )
 
     def check_finite(self) -> None:
-        """Raise if the adapter's gradients were, or its weights are, NaN or infinite; waits for the device.
-
-        Raises:
-            NotFiniteError: they were.
-        """
+        """Raise NotFiniteError if gradients were, or weights are, NaN or infinite; waits for the device."""
         self._guard.read(step=self.step)
         checks.check_weights(self.modules)
 
@@ -373,8 +369,7 @@ class RankAllocator:
     def _prune(self, *, is_last: bool = False) -> None:
         """Keep the components with the most score per cost in the whole model; the others become 0.
 
-        Args:
-            is_last: whether the target is met now, whatever the step.
+        With ``is_last`` the target is met now, whatever the step.
         """
         self._guard.read(step=self.step)
         self.score.check(self.present, self.step)
@@ -415,11 +410,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def freeze_(self) -> None:
-        """Make the ranks final now: cut to the target and compact, whatever the step.
-
-        Raises:
-            RuntimeError: the optimizer never made a step with this allocator attached.
-        """
+        """Make the ranks final now, after at least one step: cut to the target, and compact."""
         self.check_has_stepped()
         if self.is_frozen:
             return

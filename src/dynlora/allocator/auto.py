@@ -57,12 +57,8 @@ class BudgetSearch:
     Two orders are tried, and the one that needs less wins: sensitivity in the basis that was trained, and
     the energy (squared norm) of components that are first made orthogonal to each other.
 
-    Args:
-        modules: of the adapter, none of them dropped.
-        costs: cost of one component of each module.
-        floors: components that each module keeps.
-        evaluate: the held-out loss.
-        tolerance: relative rise of the loss that is accepted.
+    ``costs`` are those of one component of each module, ``floors`` the components that each keeps;
+    ``tolerance`` is the relative rise of the loss that is accepted. No module is dropped.
     """
 
     def __init__(
@@ -80,12 +76,7 @@ class BudgetSearch:
 
     @torch.no_grad()
     def search(self) -> Choice:
-        """Find the smallest budget; the model is unchanged afterwards.
-
-        Raises:
-            NotFiniteError: the held-out loss of the whole adapter is NaN or infinite.
-            ValueError: it is not positive.
-        """
+        """Find the smallest budget; the model is unchanged afterwards."""
         reference = self._evaluate()
         if not math.isfinite(reference):
             raise NotFiniteError(

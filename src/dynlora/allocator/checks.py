@@ -144,15 +144,9 @@ class FiniteGuard:
 
     @torch.no_grad()
     def look(self, modules: Sequence[LoraComponents], *, step: int, found_inf: Any = None) -> None:
-        """Look at the gradients of the coming step.
+        """Look at the gradients of the coming ``step``; on a CPU raise NotFiniteError at once.
 
-        Args:
-            modules: none of them dropped.
-            step: number of the step about to be made, for the message.
-            found_inf: of a fused optimizer under a GradScaler, which skips such a step itself; None else.
-
-        Raises:
-            NotFiniteError: on a CPU, a gradient holds NaN or infinity.
+        ``found_inf`` is that of a fused optimizer under a GradScaler, which skips such a step itself.
         """
         gradients = [g for m in modules for g in _gradients(m)]
         if reading_is_free(modules):
@@ -229,19 +223,10 @@ def check_weights(modules: Sequence[LoraComponents]) -> None:
 def check_scores(
     modules: Sequence[LoraComponents], *, step: int, if_zero: str, if_not_finite: str
 ) -> None:
-    """Refuse scores that nothing can be decided by.
+    """Refuse scores that nothing can be decided by: not finite, or all 0, which keeps the first modules.
 
     In the first two steps of a run they are 0 by nature; then a warning says what was decided how.
-
-    Args:
-        modules: with scores in ``ema``.
-        step: the step just made.
-        if_zero: what makes all scores 0, for the message; modules would be kept in their order.
-        if_not_finite: where scores that are not finite come from, for the message.
-
-    Raises:
-        ValueError: all are 0 after the first steps.
-        NotFiniteError: a score is NaN or infinite.
+    ``if_zero`` and ``if_not_finite`` say in the messages what such scores come from.
     """
     if not any(bool(m.ema.any()) for m in modules):
         if step > _FIRST_STEPS:

@@ -18,11 +18,7 @@ from dynlora.lora.configs import swap_config_
 
 
 class AveragedCopies:
-    """The copies of a model that follow one adapter.
-
-    Args:
-        adapter: its name, in the model and in every copy.
-    """
+    """The copies of a model that follow one adapter, which has one name in all of them."""
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
@@ -59,10 +55,7 @@ class AveragedCopies:
 
         An EMA, a Lookahead optimizer or a snapshot keeps copies that no hook can find; that there are so
         many tensors of these shapes is the only trace of them. Parameters of other models, gradients and
-        the state of optimizers do not count.
-
-        Args:
-            modules: before they are cut.
+        the state of optimizers do not count. The modules are not yet cut.
         """
         shrinking = [m for m in modules if not m.is_dropped and not bool(m.live.all())]
         expected = Counter(tuple(f.parameter.shape) for m in shrinking for f in m.factors)

@@ -13,15 +13,9 @@ from dynlora._private import calling_self, prepared_inputs
 def held_out_loss(trainer: Trainer, batches: int) -> Callable[[], float]:
     """A function that returns the mean loss of the first batches of the Trainer's evaluation set.
 
-    It is the loss that the Trainer itself computes, in evaluation mode; no random number is drawn from
-    the run's generators.
-
-    Args:
-        trainer: with an ``eval_dataset``; of several sets by name, the first is used.
-        batches: how many, of the size in ``per_device_eval_batch_size``, at least 1.
-
-    Raises:
-        ValueError: the Trainer has no evaluation set, or trains by reward, where the loss says nothing.
+    It is the loss that the Trainer itself computes, in evaluation mode, on batches of
+    ``per_device_eval_batch_size``; no random number is drawn from the run's generators. Of several sets
+    by name, the first is used.
     """
     if hasattr(trainer, "reward_funcs"):
         raise ValueError(

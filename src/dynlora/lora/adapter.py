@@ -32,11 +32,7 @@ def refuse_variants(
     beside: str = "rank allocation",
     instead: str = "train without dynlora",
 ) -> None:
-    """Refuse a config that sets one of the fields in ``reasons``.
-
-    Raises:
-        ValueError: it does; the message names the field, its value and what to do ``instead``.
-    """
+    """Refuse a config that sets one of the fields in ``reasons``, and say what to do ``instead``."""
     for field, reason in reasons.items():
         if value := getattr(config, field, None):
             raise ValueError(
@@ -64,11 +60,7 @@ class LoraAdapter:
         return settings_from(given, preset=preset, where="RankAllocator")
 
     def check(self) -> None:
-        """Refuse LoRA variants that have no components to compare.
-
-        Raises:
-            ValueError: the config asks for such a variant, or a module is of a kind without components.
-        """
+        """Refuse variants of LoRA and kinds of modules that have no components to compare."""
         refuse_variants(self.start.config, NO_COMPONENTS)
         for module in self.start.modules:
             base = module.layer.get_base_layer()
@@ -108,11 +100,7 @@ class LoraAdapter:
             self._follower.remove()
 
     def finish_(self) -> dict[str, int]:
-        """Leave a plain LoRA without pruned components, with the same function.
-
-        Returns:
-            Rank by module name, zeros included.
-        """
+        """Leave a plain LoRA without pruned components, with the same function; returns ranks by name."""
         ranks = {m.name: int(m.live.sum()) for m in self.start.modules}
         is_sharded = any(m.is_sharded for m in self.start.modules)
         if self.must_keep_shapes or is_sharded:

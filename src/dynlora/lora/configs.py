@@ -47,16 +47,13 @@ def ragged_config(
     modules: Sequence[LoraComponents],
     ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """A copy of ``config``, the one of the start, from which stock PEFT rebuilds the modules' ranks.
+    """A copy of the start's ``config`` from which stock PEFT rebuilds the modules at ``ranks``.
 
     Args:
         model: the model whose module names the patterns must tell apart.
         config: the adapter's config when the run began.
         modules: all of its modules, dropped ones included.
         ranks: by module name, zeros included; the present ones if not given.
-
-    Raises:
-        ValueError: every module has rank 0, so there is nothing to rebuild.
     """
     ranks = {m.name: m.rank for m in modules} if ranks is None else ranks
     present = [m for m in modules if ranks[m.name]]
@@ -88,12 +85,8 @@ def target_fields(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int]
     """``target_modules`` and its companions that match exactly the modules of rank 1 or more.
 
     The user's own list of names is kept where it can be, with rank-0 modules in ``exclude_modules``.
-    A regular expression is the last resort, because some servers read only lists.
-
-    Args:
-        model: the model whose module names the fields must tell apart.
-        config: the adapter's config when the run began.
-        ranks: rank by module name, zeros included.
+    A regular expression is the last resort, because some servers read only lists. Other arguments as in
+    ``ragged_config``.
     """
     alive = sorted(n for n, r in ranks.items() if r > 0)
     dead = sorted(n for n, r in ranks.items() if r == 0)

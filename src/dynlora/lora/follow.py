@@ -62,11 +62,8 @@ class AdapterStart:
 class CheckpointFollower:
     """A hook of the base model that resizes the adapter before a state dict is loaded into it.
 
-    In a copy or a pickle of the model the hook does nothing.
-
-    Args:
-        model: holds the adapter, wrapped or not.
-        start: the adapter as it was when the run began.
+    In a copy or a pickle of the model the hook does nothing. ``start`` is the adapter as it was when the
+    run began.
     """
 
     def __init__(self, model: nn.Module, start: "AdapterStart") -> None:
