@@ -231,13 +231,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._running().check_has_stepped()
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        **_kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave a plain LoRA without pruned components, and its model card in ``output_dir``.
 
@@ -252,7 +246,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self.ranks = allocator.finalize_()
         self._write_end(allocator, cost)
         if self._file is not None:
-            write_card(Path(args.output_dir), model, self._plan, self.ranks, state.log_history)
+            folder, model = Path(args.output_dir), kwargs["model"]
+            write_card(folder, model, self._plan, self.ranks, state.log_history)
         if is_sharded:
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO), so pruned components stay in it as zeros. Call "
