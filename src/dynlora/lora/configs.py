@@ -42,21 +42,16 @@ def recorded_fields(config: LoraConfig) -> dict[str, Any]:
 
 
 def ragged_config(
-    model: nn.Module,
-    config: LoraConfig,
-    modules: Sequence[LoraComponents],
-    ranks: Mapping[str, int] | None = None,
+    model: nn.Module, config: LoraConfig, modules: Sequence[LoraComponents]
 ) -> LoraConfig:
-    """A copy of the start's ``config`` from which stock PEFT rebuilds the modules at ``ranks``.
+    """A copy of the start's ``config`` from which stock PEFT rebuilds the modules at their present ranks.
 
     Args:
         model: the model whose module names the patterns must tell apart.
         config: the adapter's config when the run began.
         modules: all of its modules, dropped ones included.
-        ranks: by module name, zeros included; the present ones if not given.
     """
-    ranks = {m.name: m.rank for m in modules} if ranks is None else ranks
-    present = [m for m in modules if ranks[m.name]]
+    present = [m for m in modules if m.rank]
     if not present:
         raise ValueError(
             "model has no component left: the adapter equals the base model. Raise target_r."
@@ -66,16 +61,14 @@ def ragged_config(
     if config.init_lora_weights == "orthogonal":
         ragged.init_lora_weights = True  # PEFT refuses the other at odd ranks, loading included
     for module in present:
-        key, rank = exact_key(module.name), ranks[module.name]
+        key, rank = exact_key(module.name), module.rank
         alpha = (module.scaling or 1.0) * (rank**0.5 if config.use_rslora else rank)
         if rank != config.r:
             ragged.rank_pattern[key] = rank
         if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12):
             ragged.alpha_pattern[key] = int(alpha) if alpha == int(alpha) else alpha
     if len(present) < len(modules):
-        by_name = {
-            m.name: ranks[m.name] for m in modules if not isinstance(m.layer, lora.ParamWrapper)
-        }
+        by_name = {m.name: m.rank for m in modules if not isinstance(m.layer, lora.ParamWrapper)}
         for field, value in target_fields(model, config, by_name).items():
             setattr(ragged, field, value)
     return ragged
