@@ -71,14 +71,14 @@ class Run:
         rows: rows of the data, repeated.
         rank: of the LoRA whose size the adapter may have at most, its ``target_r``; for ``auto`` its r.
         base: what loads the model under the finished adapter.
-        length: the argument that says how long to train, and its value.
+        length: arguments that say how long to train, and their values.
     """
 
     save_model: Callable[[Path], object]
     rows: list[dict[str, object]]
     rank: int
     base: Any
-    length: tuple[str, str] = ("--steps", "12")
+    length: tuple[str, ...] = ("--steps", "12")
 
 
 RUNS = {
@@ -102,6 +102,13 @@ RUNS = {
         8,
         hf.AutoModelForCausalLM,
     ),
+    "trl_grpo": Run(
+        save_llama,
+        [{"prompt": "a film", "answer": "good"}, {"prompt": "a film", "answer": "bad"}],
+        8,
+        hf.AutoModelForCausalLM,
+        ("--steps", "12", "--tokens", "4"),
+    ),
     "sentence_embeddings": Run(
         save_encoder,
         [{"anchor": "good", "positive": "fine"}, {"anchor": "bad", "positive": "poor"}],
@@ -114,7 +121,7 @@ RUNS = {
 }
 
 
-def run_example(name, folder, monkeypatch):
+def run_example(name, folder, monkeypatch, *more):
     run = RUNS[name]
     run.save_model(folder / "model")
     (folder / "data").mkdir()
@@ -122,7 +129,7 @@ def run_example(name, folder, monkeypatch):
     (folder / "data" / "train.jsonl").write_text("\n".join(lines), encoding="utf8")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     monkeypatch.chdir(folder)
-    arguments = ["--model", "model", "--data", "data", "--output", "out", *run.length]
+    arguments = ["--model", "model", "--data", "data", "--output", "out", *run.length, *more]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
@@ -186,6 +193,13 @@ def test_an_example_leaves_a_plain_lora_of_its_size(name, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_the_reinforced_example_runs_with_rloo_too(tmp_path, monkeypatch):
+    names = run_example("trl_grpo", tmp_path, monkeypatch, "--method", "rloo")
+    assert names["has_answer"](["a good film", "a film"], ["good", "good"]) == [1.0, 0.0]
+    assert type(PeftConfig.from_pretrained("out")) is LoraConfig
+
+
 def test_a_lightning_run_resumes_at_the_same_weights(tmp_path, monkeypatch):
     import lightning
 
