@@ -17,6 +17,7 @@ collect_ignore = (
     if Version(version("torch")) < Version("2.13")
     else []
 )
+collect_ignore.append("src/dynlora/integrations/axolotl.py")  # needs axolotl; has no doctest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
