@@ -122,11 +122,13 @@ def test_trained_heads_and_biases_come_along(tmp_path, fields):
     assert any("classifier" in key for key in load_file(tmp_path / "out/adapter_model.safetensors"))
 
 
-def test_an_adapter_that_never_trained_keeps_its_rank(tmp_path):
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_adapter_that_never_trained_keeps_its_rank(tmp_path, gated):
     """B is 0 everywhere, as LoRA starts: nothing was pruned."""
-    model = stock()
+    model = adapted(tiny_llama, gated=True) if gated else stock()
     export_lora(model, tmp_path / "out")
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
+    rank = model.peft_config["default"].r
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == rank
     torch.testing.assert_close(
         logits(reloaded(tiny_llama, tmp_path / "out")), logits(tiny_llama()), **CLOSE
     )

@@ -74,10 +74,9 @@ def _plain_lora(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, 
     if rewrites_base(config):  # its shapes belong to the changed base weights
         return fields, tensors
     adapter = parsed(fields, tensors, f"adapter {name!r}")
-    if adapter.is_gated:
-        return plain(adapter.without_zeros().unscaled())
-    is_trained = any(bool(update.contributing().any()) for update in adapter.updates)
-    return plain(adapter.without_zeros() if is_trained else adapter)  # B starts at 0
+    if any(bool(update.contributing().any()) for update in adapter.updates):
+        adapter = adapter.without_zeros()  # else it is untrained: B starts at 0
+    return plain(adapter.unscaled() if adapter.is_gated else adapter)
 
 
 def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
