@@ -1,6 +1,7 @@
 """The lab's verbs: help, one-line errors, exit codes, and a whole demo on a tiny model."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -175,3 +176,19 @@ def test_bench_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = invoke("bench", tmp_path / "suite.yaml")
     assert_one_line_error(ran, "this needs matplotlib; pip install 'dynlora-lab[bench]'")
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_wait_without_spinning_unless_the_user_says_how(tmp_path, monkeypatch, chosen):
+    seen = []
+
+    def note(**_options):
+        seen.append(os.environ["OMP_WAIT_POLICY"])
+        return 0
+
+    monkeypatch.setattr(demo_command, "demo", note)
+    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")  # undone after the test, whatever demo sets
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert demo(tmp_path).exit_code == 0
+    assert seen == [chosen or "PASSIVE"]

@@ -1,5 +1,6 @@
 """Options of ``dynlora train``, ``bench`` and ``demo``, and nothing else: quick to import."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -185,6 +186,9 @@ def demo(
 
     Exit code: 0 all checks passed, 1 one failed, 2 wrong usage.
     """
+    # before torch is loaded: threads that spin while they wait take four times as long beside one
+    # busy program (lab/results/demo-neighbours.json)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dynlora_lab.cli.demo import demo as run_demo
 
     code = run_demo(
