@@ -125,6 +125,32 @@ def whole_run(result: dict[str, Any]) -> str:
     return f"{result['case']}\n\n{table(head, rows)}"
 
 
+def reward(result: dict[str, Any]) -> str:
+    """Rewards of held-out prompts, seed by seed, and their difference from the LoRA of the same size."""
+    arms = {name: arm for name, arm in result["arms"].items() if arm["runs"]}
+    by_seed = {n: {r["seed"]: r["held_out"] for r in arm["runs"]} for n, arm in arms.items()}
+    rows = []
+    for name, arm in arms.items():
+        peer = by_seed[f"LoRA, r {arm['settings'].get('target_r', arm['r'])}"]
+        gaps = [value - peer[seed] for seed, value in by_seed[name].items() if seed in peer]
+        rows.append(
+            (
+                name,
+                f"{sum(by_seed[name].values()) / len(by_seed[name]):.3f}",
+                ", ".join(f"{value:.3f}" for value in by_seed[name].values()),
+                f"{sum(gaps) / len(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})",
+                _empty(arm["runs"]),
+            )
+        )
+    head = ("arm", "reward", "by seed", "against LoRA of its size (range)", "modules at rank 0")
+    return table(head, rows)
+
+
+def _empty(runs: list[dict[str, Any]]) -> str:
+    found = [sum(rank == 0 for rank in r["ranks"].values()) for r in runs if r["ranks"]]
+    return f"{min(found)} to {max(found)} of {len(runs[0]['ranks'])}" if found else "–"
+
+
 def plot(result: dict[str, Any], name: str) -> None:
     """Allocator time against modules, rank and width, on logarithmic axes."""
     from matplotlib.figure import Figure  # only here: tables need no plotting
@@ -155,6 +181,7 @@ TABLES = {
     "step_cost": step_cost,
     "allocator_cost": allocator_cost,
     "whole_run": whole_run,
+    "reward": reward,
 }
 
 

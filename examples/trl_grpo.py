@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
 
     trainer_class, config_class = METHODS[options.method]
-    callback = DynLoraCallback(target_r=8, min_r=1)  # a noisy score empties no module
+    callback = DynLoraCallback(target_r=8)
     trainer = trainer_class(
         options.model,
         reward_funcs=has_answer,
