@@ -60,6 +60,7 @@ def test_the_answers_are_what_is_in_the_pictures(tmp_path, monkeypatch):
         shades = (image[0, 0], image[0, -1], image[-1, 0], image[-1, -1])
         corners = dict(zip(scenes.CORNERS, shades, strict=True))
         seen = {c: scenes.NUMBERS[shade // 20 - 1] for c, shade in corners.items() if shade}
+        assert [c + 1 for c in row["corners"]] == [shade // 20 for shade in shades]
         kind, question = kinds.int2str(row["kind"]), row["question"]
         asked.add(kind)
         if kind == "what":
@@ -80,6 +81,7 @@ def test_the_model_of_the_scenes_loads_and_its_answers_are_where_the_processor_p
         tmp_path, monkeypatch, scenes.build_clothes_scenes, "fashion-mnist", CLOTHES, rows=80
     )
     monkeypatch.setattr(llava, "STEPS", 3)
+    monkeypatch.setattr(llava, "SEEING_STEPS", 2)
     torch.manual_seed(1)
     vit = ViTModel(_vit_config(CLOTHES), add_pooling_layer=False)
     vit.save_pretrained(tmp_path / "vit")

@@ -1,6 +1,6 @@
 """A small model that answers questions on pictures: half the ViT of clothes, a projector, a new Llama."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlavaConfig,
@@ -24,6 +25,7 @@ from dynlora_lab.tasks.assets.pictures import CLOTHES, MEAN, STD, pixels_of
 from dynlora_lab.tasks.assets.scenes import CORNERS, NUMBERS
 
 BATCH = 64
+SEEING_STEPS = 300
 STEPS = 600
 LAYERS = 2  # of each tower; the ViT of clothes has four
 LEARNING_RATE = 2e-3
@@ -61,7 +63,9 @@ def build_llava(parts: Mapping[str, Path], destination: Path) -> None:
     )
     rows = Dataset.from_parquet(str(parts["clothes-scenes"] / "train.parquet"))
     patches = (vision.config.image_size // vision.config.patch_size) ** 2
-    _train(model, *_inputs(rows, tokenizer, patches=patches))
+    pixels, tokens, labels = _inputs(rows, tokenizer, patches=patches)
+    _train_to_see(model.model.vision_tower, pixels, torch.tensor(rows["corners"][:]))
+    _train_to_answer(model, pixels, tokens, labels)
     model.eval().save_pretrained(destination)
     processor.save_pretrained(destination)
 
@@ -137,16 +141,44 @@ def _inputs(
     return pixels_of(images).expand(-1, 3, -1, -1), tokens, labels
 
 
-def _train(model: Any, pixels: Tensor, tokens: Tensor, labels: Tensor) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
-    order = torch.cat(
-        [torch.randperm(len(tokens)) for _ in range(1 + STEPS * BATCH // len(tokens))]
-    )
-    for rows in order.split(BATCH)[:STEPS]:
-        loss = model(input_ids=tokens[rows], pixel_values=pixels[rows], labels=labels[rows]).loss
+def _train_to_see(vision: Any, pixels: Tensor, corners: Tensor) -> None:
+    """Every patch learns what is in its corner: a linear head on top says so, and is thrown away.
+
+    Args:
+        vision: the ViT.
+        pixels: (rows, 3, 28, 28).
+        corners: (rows, 4), the thing in each corner, -1 where there is none.
+    """
+    head = torch.nn.Linear(vision.config.hidden_size, len(CLOTHES) + 1)
+    side = vision.config.image_size // vision.config.patch_size
+    places = corners.view(-1, 2, 2).repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2)
+    targets = places.flatten(1) + 1  # (rows, patches), 0 is nothing
+
+    def loss(rows: Tensor) -> Tensor:
+        seen = vision(pixels[rows], output_hidden_states=True).hidden_states[-1][:, 1:]
+        return cross_entropy(head(seen).transpose(1, 2), targets[rows])
+
+    _train([*vision.parameters(), *head.parameters()], loss, rows=len(pixels), steps=SEEING_STEPS)
+
+
+def _train_to_answer(model: Any, pixels: Tensor, tokens: Tensor, labels: Tensor) -> None:
+    def loss(rows: Tensor) -> Tensor:
+        made = model(input_ids=tokens[rows], pixel_values=pixels[rows], labels=labels[rows])
+        return made.loss
+
+    _train(list(model.parameters()), loss, rows=len(tokens), steps=STEPS)
+
+
+def _train(
+    parameters: list[Tensor], loss_of: Callable[[Tensor], Tensor], *, rows: int, steps: int
+) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    order = torch.cat([torch.randperm(rows) for _ in range(1 + steps * BATCH // rows)])
+    for chosen in order.split(BATCH)[:steps]:
+        loss = loss_of(chosen)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

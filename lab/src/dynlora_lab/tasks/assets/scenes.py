@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Array2D, ClassLabel, Dataset, Features, Value
+from datasets import Array2D, ClassLabel, Dataset, Features, Sequence, Value
 from numpy.typing import NDArray
 
 from dynlora_lab.tasks.assets.pictures import CLOTHES
@@ -20,7 +20,7 @@ HALF = 14  # pixels of a corner
 
 
 def build_clothes_scenes(parts: Parts, destination: Path) -> None:
-    """Columns image (28, 28), question, answer, kind, of the pictures of Fashion-MNIST.
+    """Columns image (28, 28), question, answer, kind, corners, of the pictures of Fashion-MNIST.
 
     Every tenth question has an empty picture and is about the row of numbers, so that a model that
     reads nothing else knows the words.
@@ -29,7 +29,7 @@ def build_clothes_scenes(parts: Parts, destination: Path) -> None:
 
 
 def build_digit_scenes(parts: Parts, destination: Path) -> None:
-    """Columns image (28, 28), question, answer, kind, of the digits of MNIST."""
+    """Columns image (28, 28), question, answer, kind, corners, of the digits of MNIST."""
     _build(parts["mnist"], destination, names=NUMBERS, counting=0.0)
 
 
@@ -39,20 +39,23 @@ def _build(data: Path, destination: Path, *, names: tuple[str, ...], counting: f
     for split, number in ROWS.items():
         pictures = Dataset.from_parquet(str(data / f"{split}.parquet")).with_format("numpy")
         small = _halved(np.stack(pictures["image"][:]))
-        words = [names[label] for label in pictures["label"][:]]
-        rows[split] = list(_questions(small, words, chance, number=number, counting=counting))
+        labels = [int(label) for label in pictures["label"][:]]
+        made = _questions(small, labels, names, chance, number=number, counting=counting)
+        rows[split] = list(made)
     features = Features(
         image=Array2D(shape=(2 * HALF, 2 * HALF), dtype="uint8"),
         question=Value("string"),
         answer=Value("string"),
         kind=ClassLabel(names=["what", "which", "count", "next"]),
+        corners=Sequence(Value("int8"), length=4),  # class in each corner, -1: nothing
     )
     write_parts(rows, destination, features=features)
 
 
 def _questions(
     pictures: NDArray[np.uint8],
-    words: list[str],
+    labels: list[int],
+    names: tuple[str, ...],
     chance: np.random.Generator,
     *,
     number: int,
@@ -69,9 +72,12 @@ def _questions(
         for corner, thing in zip(corners, chosen, strict=True):
             row, column = HALF * (corner // 2), HALF * (corner % 2)
             image[row : row + HALF, column : column + HALF] = pictures[thing]
-        seen = {CORNERS[c]: words[t] for c, t in zip(corners, chosen, strict=True)}
+        found = [-1] * 4
+        for corner, thing in zip(corners, chosen, strict=True):
+            found[corner] = labels[thing]
+        seen = {CORNERS[corner]: names[found[corner]] for corner in corners}
         question, answer, kind = _asked(seen, chance)
-        yield {"image": image, "question": question, "answer": answer, "kind": kind}
+        yield _row(image, question, answer, kind, found)
 
 
 def _asked(seen: Mapping[str, str], chance: np.random.Generator) -> tuple[str, str, str]:
@@ -89,7 +95,14 @@ def _next_number(chance: np.random.Generator) -> dict[str, Any]:
     first = int(chance.integers(9))
     image = np.zeros((2 * HALF, 2 * HALF), dtype=np.uint8)
     question = f"what comes after {NUMBERS[first]} ?"
-    return {"image": image, "question": question, "answer": NUMBERS[first + 1], "kind": "next"}
+    return _row(image, question, NUMBERS[first + 1], "next", [-1] * 4)
+
+
+def _row(
+    image: NDArray[np.uint8], question: str, answer: str, kind: str, corners: list[int]
+) -> dict[str, Any]:
+    texts = {"question": question, "answer": answer, "kind": kind}
+    return {"image": image, **texts, "corners": corners}
 
 
 def _halved(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
