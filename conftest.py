@@ -17,7 +17,10 @@ collect_ignore = (
     if Version(version("torch")) < Version("2.13")
     else []
 )
-collect_ignore.append("src/dynlora/integrations/axolotl.py")  # needs axolotl; has no doctest
+collect_ignore += [  # need axolotl and vLLM, which nothing here installs; have no doctests
+    "src/dynlora/integrations/axolotl.py",
+    "tests/helpers/worker_vllm.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
