@@ -86,8 +86,6 @@ class LoraLinear(torch.autograd.Function):
         x, weight, a, b, z, mask = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
         with no_autocast(dy):  # whoever calls backward() inside autocast
-            if torch.is_grad_enabled():  # to be differentiated again: z must know its origin
-                z = masked(x, mask) @ a.T
             wants = (wants_x, wants_a, wants_b)
             dx, da, db = update_gradients(dy, x, a, b, z, mask, ctx.scale, wants)
             if dx is not None:
@@ -123,8 +121,6 @@ class LoraUpdate(torch.autograd.Function):
         x, a, b, z, mask = ctx.saved_tensors
         wants_result, *wants = ctx.needs_input_grad[:4]
         with no_autocast(dy):  # whoever calls backward() inside autocast
-            if torch.is_grad_enabled():  # to be differentiated again: z must know its origin
-                z = masked(x, mask) @ a.T
             dx, da, db = update_gradients(dy.to(x.dtype), x, a, b, z, mask, ctx.scale, tuple(wants))
         return dy if wants_result else None, dx, da, db, None, None
 
@@ -144,6 +140,8 @@ def update_gradients(
     Shapes as in ``LoraLinear``; dy (tokens, out), z (tokens, r).
     """
     wants_x, wants_a, wants_b = wants
+    if torch.is_grad_enabled():  # to be differentiated again: z must know its origin
+        z = masked(x, mask) @ a.T
     dx = da = db = None
     if wants_b:
         db = (z.T @ dy).T * scale  # at some ranks several times faster on a CPU than dyᵀ z
