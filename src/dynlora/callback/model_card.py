@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from dynlora.files import whole_file
 from dynlora.lora.components import unwrapped
 
 NAME = "README.md"
@@ -33,9 +34,8 @@ def write_card(
         return
     parts = ["---\nlibrary_name: peft\n---", *_head(unwrapped(model), plan, ranks), _scores(logs)]
     parts += [_loading(unwrapped(model)), _ranks(ranks)]
-    incoming = path.with_suffix(".incoming")
-    incoming.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    incoming.replace(path)
+    with whole_file(path) as incoming:
+        incoming.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
 def _head(base: Any, plan: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:

@@ -1,10 +1,11 @@
 """What a run wrote when it measured: kept beside the scores, so that a person can read it."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dynlora_lab.tasks.whole_file import write_whole
 
 FILE = "written.jsonl"
 
@@ -41,16 +42,12 @@ class Written:
         if not self.evaluations:
             return
         counts: dict[str, int] = {}
-        with tempfile.NamedTemporaryFile(
-            "w", dir=folder, prefix=".written-", delete=False, encoding="utf8"
-        ) as file:
-            for name, asked, written, expected in self.evaluations:
-                number = counts.setdefault(name, 0)
-                counts[name] += 1
-                for row, (answer, gold) in enumerate(zip(written, expected, strict=True)):
-                    line = {"evaluation": number, "set": name, "row": row, "written": answer}
-                    line |= {"expected": gold} | ({"asked": asked[row]} if asked else {})
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        temporary = Path(file.name)
-        temporary.chmod(0o644)
-        temporary.replace(folder / FILE)
+        lines: list[str] = []
+        for name, asked, written, expected in self.evaluations:
+            number = counts.setdefault(name, 0)
+            counts[name] += 1
+            for row, (answer, gold) in enumerate(zip(written, expected, strict=True)):
+                line = {"evaluation": number, "set": name, "row": row, "written": answer}
+                line |= {"expected": gold} | ({"asked": asked[row]} if asked else {})
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_whole(folder / FILE, "".join(lines))
