@@ -20,22 +20,24 @@ def test_a_falling_loss_is_bisected_to_the_very_threshold(total, threshold, lowe
         total=total,
         reference=1.0,
         tolerance=0.01,
-        tries=64,
+        precision=0.0,
     )
     assert curve.budget == max(threshold, lowest)
 
 
-@given(losses=st.lists(st.floats(0.5, 3.0), min_size=30, max_size=30), tries=st.integers(1, 10))
-def test_what_is_chosen_was_measured_and_accepted_whatever_the_losses(losses, tries):
+@given(
+    losses=st.lists(st.floats(0.5, 3.0), min_size=30, max_size=30),
+    first=st.lists(st.integers(1, 30), max_size=5),
+)
+def test_what_is_chosen_was_measured_and_accepted_whatever_the_losses(losses, first):
     curve = smallest_budget(
         lambda budget: losses[budget - 1],
         lowest=1,
         total=30,
         reference=1.0,
         tolerance=0.1,
-        tries=tries,
+        first=first,
     )
-    assert len(curve.tried) <= tries
     assert curve.budget == 30 or dict(curve.tried)[curve.budget] <= curve.limit
 
 
@@ -43,7 +45,36 @@ def test_what_is_chosen_was_measured_and_accepted_whatever_the_losses(losses, tr
 def test_a_larger_tolerance_never_needs_a_larger_budget(tolerance):
     def budget(limit):
         return smallest_budget(
-            lambda b: 1 + 5 / b, lowest=1, total=512, reference=1.0, tolerance=limit, tries=30
+            lambda b: 1 + 5 / b, lowest=1, total=512, reference=1.0, tolerance=limit, precision=0.0
         ).budget
 
     assert budget(2 * tolerance) <= budget(tolerance)
+
+
+@given(
+    total=st.integers(2, 100_000), threshold=st.integers(1, 100_000), precision=st.floats(0.01, 1)
+)
+def test_the_answer_is_known_within_the_precision(total, threshold, precision):
+    threshold = min(threshold, total)
+    curve = smallest_budget(
+        lambda budget: 1.0 if budget >= threshold else 2.0,
+        lowest=1,
+        total=total,
+        reference=1.0,
+        tolerance=0.01,
+        precision=precision,
+    )
+    assert threshold <= curve.budget <= max(threshold * (1 + precision), threshold + 1)
+
+
+def test_budgets_to_try_first_are_tried_until_one_is_refused():
+    curve = smallest_budget(
+        lambda budget: 1.0 if budget >= 40 else 2.0,
+        lowest=1,
+        total=128,
+        reference=1.0,
+        tolerance=0.01,
+        first=(64, 32, 16),
+    )
+    assert [budget for budget, _ in curve.tried] == [64, 32, 45, 38, 41, 39, 40]
+    assert curve.budget == 40

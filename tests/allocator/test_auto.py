@@ -114,6 +114,16 @@ def test_the_record_says_what_each_rank_would_have_cost():
     assert [cost for _, cost, _ in by_rank] == [r * allocator.total_cost // 8 for r in (1, 2, 4)]
 
 
+@pytest.mark.parametrize("tolerance", [0.01, 0.2])
+def test_no_size_is_evaluated_twice_in_an_order(tolerance):
+    model, built, allocator, calls = run(tolerance)
+    train(model, built, allocator.stop)
+    found = allocator.history[-1]["auto"]
+    sizes = {cost for _, cost, _ in found["by_rank"]} | {size for size, _ in found["tried"]}
+    assert found["order"] == "energy"  # so two orders were searched, each with some seven sizes
+    assert len(calls) <= 1 + 2 * len(sizes) + 1
+
+
 def test_a_missing_evaluate_is_refused_with_the_way_out():
     model = adapted()
     with pytest.raises(ValueError, match="eval_dataset"):

@@ -1,6 +1,6 @@
 """The smallest budget whose loss is close enough to that of the whole adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -28,30 +28,42 @@ def smallest_budget(
     total: int,
     reference: float,
     tolerance: float,
-    tries: int = 8,
+    first: Iterable[int] = (),
+    precision: float = 0.05,
 ) -> BudgetCurve:
     """Bisect between ``lowest`` and ``total`` for the smallest budget within the tolerance.
 
     A budget is accepted if loss_at(budget) ≤ reference · (1 + tolerance), where the reference is the loss
-    at ``total``. Steps are taken on a logarithmic scale, since what is asked is "half? a quarter? an
-    eighth?". The loss is taken to fall with the budget; where it does not, the result is still a budget
-    whose own loss was measured and accepted, in at most ``tries``.
+    at ``total``. The falling budgets ``first`` are tried until one is refused; then steps are taken on a
+    logarithmic scale, since what is asked is "half? a quarter? an eighth?", until the answer is known
+    within the share ``precision``. The loss is taken to fall with the budget; where it does not, the result
+    is still a budget whose own loss was measured and accepted.
 
     Examples:
-        >>> curve = smallest_budget(lambda b: 1 + 1 / b, lowest=1, total=128, reference=1.0, tolerance=0.05)
-        >>> curve.budget
-        20
+        >>> curve = smallest_budget(
+        ...     lambda b: 1 + 1 / b, lowest=1, total=128, reference=1.0, tolerance=0.05, first=(64, 32, 16)
+        ... )
+        >>> curve.budget, [budget for budget, _ in curve.tried]
+        (20, [64, 32, 16, 23, 19, 21, 20])
     """
     limit = reference * (1 + tolerance)
     low, high = max(1, lowest) - 1, total  # low is refused or untried, high is accepted
     tried: list[tuple[int, float]] = []
-    for _ in range(tries):
-        if high - low <= 1:
+
+    def is_accepted(budget: int) -> bool:
+        tried.append((budget, loss_at(budget)))
+        return tried[-1][1] <= limit
+
+    for budget in first:
+        if not low < budget < high:
+            continue
+        if not is_accepted(budget):
+            low = budget
             break
+        high = budget
+    while high - low > 1 and high > low * (1 + precision):
         middle = min(max(round((max(low, 1) * high) ** 0.5), low + 1), high - 1)
-        loss = loss_at(middle)
-        tried.append((middle, loss))
-        if loss <= limit:
+        if is_accepted(middle):
             high = middle
         else:
             low = middle

@@ -55,7 +55,7 @@ class RankAllocator:
         score: instead of an importance by name: a function that writes scores into ``ema`` of each
             module after every step until the freeze.
         evaluate: with ``target_r="auto"``: a function that returns the held-out loss of the model as it
-            is, called some twenty times at the freeze. On several processes each returns its own share's.
+            is, called ten to twenty times at the freeze. On several processes each returns its own share's.
         preset: ``paper`` for the paper's values of the settings that are not given.
         start: the adapter as it was when the run began, where the model has taken the ranks of a
             checkpoint since; DynLoraCallback passes it.

@@ -1,7 +1,7 @@
 """``target_r="auto"``: the smallest adapter whose held-out loss is close to that of the whole one."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -54,8 +54,9 @@ class Choice:
 class BudgetSearch:
     """Puts all components of a model into one order and bisects it against the held-out loss.
 
-    Two orders are tried, and the one that needs less wins: sensitivity in the basis that was trained, and
-    the energy (squared norm) of components that are first made orthogonal to each other.
+    Two orders are tried: sensitivity in the basis that was trained, and the energy (squared norm) of
+    components that are first made orthogonal to each other. The second is searched only where it is
+    accepted at the size that the first needs, and wins if it needs less.
 
     ``costs`` are those of one component of each module, ``floors`` the components that each keeps;
     ``tolerance`` is the relative rise of the loss that is accepted. No module is dropped.
@@ -70,9 +71,14 @@ class BudgetSearch:
         *,
         tolerance: float,
     ) -> None:
-        self.modules, self.costs, self.floors = modules, costs, floors
+        self.modules, self.floors = modules, floors
         self.evaluate, self.tolerance = evaluate, tolerance
         self.sizes = [m.rank for m in modules]
+        self.prices = torch.tensor(costs).repeat_interleave(torch.tensor(self.sizes))
+        self.total = int(self.prices.sum())
+        self.lowest = max(sum(f * c for f, c in zip(floors, costs, strict=True)), min(costs))
+        doubled = takewhile(lambda r: r * sum(costs) < self.total, (2**i for i in count()))
+        self.by_rank = [(r, r * sum(costs)) for r in doubled if r * sum(costs) >= self.lowest]
 
     @torch.no_grad()
     def search(self) -> Choice:
@@ -88,42 +94,48 @@ class BudgetSearch:
                 f"evaluate returned {reference}: target_r='auto' compares losses, positive and smaller for "
                 "a better model. Return a loss, or set target_r to a number."
             )
-        found = [self._in_order("sensitivity", _joined([m.ema for m in self.modules]), reference)]
-        if not any(m.is_gated for m in self.modules):
-            with self._restored():
-                for module in self.modules:
-                    rotate_(module)
-                energy = _joined(norms(self.modules, "norm")).square()
-                found.append(self._in_order("energy", energy, reference))
-        return min(found, key=lambda choice: choice.curve.budget)
+        sensitivity = _joined([m.ema for m in self.modules])
+        found = self._in_order("sensitivity", sensitivity, reference)
+        if any(m.is_gated for m in self.modules):
+            return found
+        with self._restored():
+            for module in self.modules:
+                rotate_(module)
+            energy = _joined(norms(self.modules, "norm")).square()
+            loss = self._loss_at(found.curve.budget, energy)
+            if loss > found.curve.limit:
+                return found
+            other = self._in_order("energy", energy, reference, {found.curve.budget: loss})
+        return min(found, other, key=lambda choice: choice.curve.budget)
 
-    def _in_order(self, order: str, scores: Tensor, reference: float) -> Choice:
-        costs, floors, sizes = self.costs, self.floors, self.sizes
-        prices = torch.tensor(
-            [c for c, size in zip(costs, sizes, strict=True) for _ in range(size)]
-        )
-        total = int(prices.sum())
-        needed = sum(f * c for f, c in zip(floors, costs, strict=True))
-        seen = {total: reference}
+    def _in_order(
+        self, order: str, scores: Tensor, reference: float, known: Mapping[int, float] | None = None
+    ) -> Choice:
+        seen = {self.total: reference, **(known or {})}
 
         def loss_at(budget: int) -> float:
             if budget not in seen:
-                keep = allocation.select_components(
-                    scores, prices, budget, floors=floors, sizes=sizes
-                )
-                seen[budget] = self._loss(keep)
+                seen[budget] = self._loss_at(budget, scores)
             return seen[budget]
 
         curve = smallest_budget(
             loss_at,
-            lowest=max(needed, min(costs)),
-            total=total,
+            lowest=self.lowest,
+            total=self.total,
             reference=reference,
             tolerance=self.tolerance,
+            first=[cost for _, cost in reversed(self.by_rank)],
         )
-        doubled = takewhile(lambda r: r * sum(costs) < total, (2**i for i in count()))
-        by_rank = [(r, r * sum(costs)) for r in doubled if r * sum(costs) >= needed]
-        return Choice(order, curve, tuple((r, cost, loss_at(cost)) for r, cost in by_rank), scores)
+        by_rank = tuple((r, cost, loss_at(cost)) for r, cost in self.by_rank)
+        return Choice(order, curve, by_rank, scores)
+
+    def _loss_at(self, budget: int, scores: Tensor) -> float:
+        """The held-out loss with what fits into the budget, in the order of ``scores``."""
+        return self._loss(
+            allocation.select_components(
+                scores, self.prices, budget, floors=self.floors, sizes=self.sizes
+            )
+        )
 
     def _evaluate(self) -> float:
         """The held-out loss of the model as it is, the same on every process."""
