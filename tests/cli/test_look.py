@@ -138,6 +138,15 @@ def test_inspect_prints_figures_and_json(native):
     assert json.loads(invoke("inspect", native, "--json").stdout)["kind"] == "native"
 
 
+def test_inspect_prints_nothing_but_what_is_to_be_pasted(tmp_path):
+    adapted(tiny_llama, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    ran = invoke("inspect", tmp_path, "--config-for", "axolotl")
+    assert ran.stdout.splitlines() == [
+        "lora_r: 4", "lora_alpha: 8", "lora_dropout: 0.0", "lora_target_modules:", '  - "q_proj"'
+    ]  # fmt: skip
+    assert invoke("inspect", tmp_path, "--config-for", "kohya").stdout.endswith("network_alpha 8\n")
+
+
 def test_report_writes_the_page_beside_the_run_and_json(tmp_path):
     run = write_run(tmp_path / "run", steps=20)
     ran = invoke("report", run, "--picture", tmp_path / "r.svg")

@@ -117,6 +117,26 @@ _FILLED_IN = frozenset({
 })  # fmt: skip
 """Fields of LoraConfig that PEFT fills in by itself."""
 
+_ASSUMED = {
+    "bias": "none", "init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16,
+}  # fmt: skip
+"""Defaults of LoraConfig that are neither empty nor False; r and lora_alpha are always told."""
+
+
+def told_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of LoraConfig's fields that must be told: not what PEFT fills in or assumes.
+
+    >>> told_fields({"r": 8, "bias": "none", "lora_dropout": 0.0, "peft_type": "LORA", "eva_config": None})
+    {'r': 8}
+    """
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in _FILLED_IN
+        and value not in (None, {}, [])
+        and value != _ASSUMED.get(name, False)
+    }
+
 
 def as_python(fields: Mapping[str, Any]) -> str:
     """``LoraConfig(...)`` with one argument a line, to be pasted; without what PEFT fills in or assumes.
@@ -130,15 +150,9 @@ def as_python(fields: Mapping[str, Any]) -> str:
         },
     )
     """
-    names = sorted(fields, key=lambda name: name not in {"task_type", "r", "lora_alpha"})
-    assumed = {"use_rslora": False, "init_lora_weights": True}
-    lines = [
-        f"    {name}={_literal(fields[name])},"
-        for name in names
-        if name not in _FILLED_IN
-        and fields[name] not in (None, {}, [])
-        and assumed.get(name) is not fields[name]
-    ]
+    told = told_fields(fields)
+    names = sorted(told, key=lambda name: name not in {"task_type", "r", "lora_alpha"})
+    lines = [f"    {name}={_literal(told[name])}," for name in names]
     return "\n".join(["LoraConfig(", *lines, ")"])
 
 

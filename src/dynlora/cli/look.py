@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 @guarded
 def inspect(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
+    config_for: Annotated[
+        Literal["peft", "axolotl", "llama-factory", "ms-swift", "kohya"] | None,
+        typer.Option(metavar="TOOL", help="Print what trains these ranks there."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what an adapter holds, whoever trained it, and what can serve it.
@@ -30,11 +34,19 @@ def inspect(
     Reads its config and the header of its weights; no base model. How much
     smaller it could be: dynlora shrink ADAPTER
 
+    --config-for prints what to paste for the next run instead, for peft,
+    axolotl, llama-factory, ms-swift or kohya.
+
     For instance: dynlora inspect out
-    dynlora inspect some-lora --json
+    dynlora inspect some-lora --config-for axolotl
 
     Exit code: 0 done, 2 no adapter there, or a damaged one.
     """
+    if config_for is not None:
+        from dynlora.report.next_run import settings_for
+
+        typer.echo(settings_for(config_for, adapter))
+        return
     from dynlora.report.inspection import inspect_adapter
 
     facts = inspect_adapter(adapter)
