@@ -74,6 +74,10 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
             r"adapter\.use_rslora=True is for method lora, and dynlora has none of it; choose method lora",
         ),
         (
+            ["--method", "adalora", "--adapter.ranks", "{a: 1}"],
+            r"adapter\.ranks=\{'a': 1\} is for method lora, and adalora has none of it",
+        ),
+        (
             ["--init_lora_weights", "pissa"],
             r"adapter\.init_lora_weights='pissa' is for method lora",
         ),

@@ -16,7 +16,7 @@ Placement = Literal["all", "attention", "feed-forward"]
 STARTS = ("eva", "gaussian", "lora_ga", "olora", "orthogonal", "pissa")
 """PEFT's names of starts that need nothing beside batches of the training rows."""
 
-_OF_LORA = ("init_lora_weights", "use_rslora", "loraplus_lr_ratio", "placement")
+_OF_LORA = ("init_lora_weights", "use_rslora", "loraplus_lr_ratio", "placement", "ranks")
 
 _ELSEWHERE = {
     "r": "write target_r, the mean rank at the end, and init_r, the rank at the start",
