@@ -236,7 +236,7 @@ def wider():
 def test_a_class_that_names_modules_otherwise_is_not_taken_for_the_base(tmp_path):
     """PEFT would warn, load nothing, and merge nothing."""
     model = trained(tiny_llama)
-    with pytest.raises(ValueError, match="does not fit on base=.*name them"):
+    with pytest.raises(ValueError, match="does not fit on base=.*name the right one"):
         merged(model, tiny_llama, tmp_path, model_class="AutoModel")
     with pytest.raises(ValueError, match="model_class='Car' is not a class of transformers"):
         merged(model, tiny_llama, tmp_path, model_class="Car")

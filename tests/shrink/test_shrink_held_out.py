@@ -232,8 +232,12 @@ def test_wrong_data_is_named_with_its_rule(classifier, tmp_path, name, content, 
 
 def test_another_base_or_another_task_is_refused(language, classifier, tmp_path):
     trained(tiny_llama, tmp_path / "in", target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="does not fit on base=.*not the adapter.s base model"):
+    with pytest.raises(
+        ValueError, match=r"does not fit on model=.*not the adapter.s base.*right one \(model\)"
+    ):
         shrink_adapter(tmp_path / "in", model=str(language / "base"), energy=0.9)
+    with pytest.raises(FileNotFoundError, match="model='nowhere' is not a model that transformers"):
+        shrink_adapter(tmp_path / "in", model="nowhere", energy=0.9)
     trained(tiny_t5, tmp_path / "t5", target_modules=["q"], task_type="SEQ_2_SEQ_LM")
     with pytest.raises(ValueError, match="task_type 'SEQ_2_SEQ_LM' of the adapter has no loss"):
         shrink_adapter(tmp_path / "t5", model=str(language / "base"), energy=0.9)

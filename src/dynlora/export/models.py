@@ -45,11 +45,13 @@ class BaseModel:
         name: its folder or hub id; None if nobody says it.
         fields: of the adapter's config.
         class_name: of transformers, which loads it; None finds it from task and config.
+        arguments: what the caller calls the name and, where it can be given, the class.
     """
 
     name: str | None
     fields: Mapping[str, Any]
     class_name: str | None = None
+    arguments: tuple[str, ...] = ("base", "model_class")
 
     @cached_property
     def config(self) -> Any:
@@ -62,7 +64,7 @@ class BaseModel:
             return transformers.AutoConfig.from_pretrained(self.name)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"base={self.name!r} is not a model that transformers can load "
+                f"{self.arguments[0]}={self.name!r} is not a model that transformers can load "
                 f"({str(error).splitlines()[0]}). Name its folder, or its hub id if it is in the cache."
             ) from error
 
@@ -91,9 +93,9 @@ class BaseModel:
 
     def adapted(self, folder: Path, *, dtype: torch.dtype | str = torch.float32) -> PeftModel:
         """The model with the adapter of a folder as PEFT loads it; its head brings its number of labels."""
-        header = read_header(folder / WEIGHTS_FILE)
+        config, header = self.config, read_header(folder / WEIGHTS_FILE)
         rows = [shape[0] for key, (shape, _) in header.items() if key.endswith(_HEADS)]
-        is_other = rows and rows[0] != self.config.num_labels
+        is_other = rows and rows[0] != config.num_labels
         labels = {"num_labels": rows[0]} if is_other else {}
         model = self.builder.from_pretrained(self.name, dtype=dtype, **labels)
         try:
@@ -103,8 +105,9 @@ class BaseModel:
                 return PeftModel.from_pretrained(model, str(folder)).eval()
         except (RuntimeError, ValueError, UserWarning) as error:
             raise ValueError(
-                f"{folder} does not fit on base={self.name!r} ({str(error).splitlines()[0][:200]}): this "
-                "is not the adapter's base model, or not its class; name them (base, model_class)."
+                f"{folder} does not fit on {self.arguments[0]}={self.name!r} "
+                f"({str(error).splitlines()[0][:200]}): this is not the adapter's base model, or not of its "
+                f"class; name the right one ({', '.join(self.arguments)})."
             ) from error
 
 

@@ -37,7 +37,7 @@ class HeldOut:
             )
         self._is_classifier = task == "SEQ_CLS"
         self._spectra, self._folder = spectra, folder
-        self._base = BaseModel(base, spectra.adapter.fields)
+        self._base = BaseModel(base, spectra.adapter.fields, arguments=("model",))
         self._model: PeftModel = self._loaded(folder)
         self._batches: list[Batch] = []
         if rows is not None:
