@@ -152,6 +152,14 @@ def test_the_map_shows_final_ranks_and_the_slider_all_states(run):
     assert [sum(f["ranks"]) for f in frames] == [f["live"] for f in frames]
 
 
+def test_the_head_of_the_map_stays_over_its_columns_where_a_phone_scrolls_it(run):
+    page = render_page([run], version="1")
+    held = [rule for rule in re.findall(r"([^{}]+)\{[^}]*position: sticky", page) if ".map" in rule]
+    assert [rule.strip() for rule in held] == [".map th:first-child", ".map .mean"]
+    head = re.search(r"<thead><tr>(<th[^>]*>kind.*?)</tr>", page)[1]
+    assert head.endswith('<th scope="col" class="mean">mean</th>')
+
+
 def test_names_from_outside_cannot_write_html(tmp_path):
     evil = tmp_path / "<script>alert(1)<"
     run = read_run(write_run(evil, steps=10))
