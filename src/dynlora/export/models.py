@@ -106,8 +106,8 @@ class BaseModel:
         except (RuntimeError, ValueError, UserWarning) as error:
             raise ValueError(
                 f"{folder} does not fit on {self.arguments[0]}={self.name!r} "
-                f"({str(error).splitlines()[0][:200]}): this is not the adapter's base model, or not of its "
-                f"class; name the right one ({', '.join(self.arguments)})."
+                f"({str(error).splitlines()[0][:200]}): this is not the adapter's base model, or not "
+                f"of its class; name the right one ({', '.join(self.arguments)})."
             ) from error
 
 
