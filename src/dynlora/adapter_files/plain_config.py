@@ -55,7 +55,7 @@ def plain_fields(
         "corda_config": None,
         "lora_ga_config": None,
         "loftq_config": {},
-        **_target_fields(fields, names, list(dead), lists_only=lists_only),
+        **target_fields(fields, names, dead, lists_only=lists_only),
     }
 
 
@@ -74,10 +74,15 @@ def number(alpha: float) -> float | int:
     return whole if abs(alpha - whole) <= 1e-12 * max(1.0, abs(alpha)) else alpha
 
 
-def _target_fields(
-    fields: Mapping[str, Any], alive: list[str], dead: list[str], *, lists_only: bool
+def target_fields(
+    fields: Mapping[str, Any],
+    alive: Sequence[str],
+    dead: Sequence[str],
+    *,
+    others: Sequence[str] = (),
+    lists_only: bool = False,
 ) -> dict[str, Any]:
-    """``target_modules`` and its companions that match the living modules and none of the dead.
+    """``target_modules`` and its companions that match the living modules, none of the dead or others.
 
     The trained list stays where it can, with dead modules excluded by their full names. PEFT compares
     ends of names, so a full name may also mean a longer one; a regular expression is the last resort,
@@ -90,7 +95,8 @@ def _target_fields(
     if not alive:  # bare parameters only; None would let PEFT pick modules by the architecture
         return {"target_modules": [], "exclude_modules": None, **every_layer} if dead else {}
     keeps_targets = not (lists_only and isinstance(targets, str))
-    if not dead and keeps_targets and _fits(fields, alive, dead):
+    unwanted = [*dead, *others]
+    if not dead and keeps_targets and _fits(fields, alive, unwanted):
         return {}
     if keeps_targets and not isinstance(excluded, str):
         unused = sorted({*(n for n in excluded or () if n not in alive), *dead}) or None
@@ -99,7 +105,7 @@ def _target_fields(
         {"target_modules": sorted(alive), "exclude_modules": sorted(dead) or None, **every_layer}
     )
     for trial in candidates:
-        if _fits(trial, alive, dead):
+        if _fits(trial, alive, unwanted):
             return trial
     one_of = "|".join(re.escape(name) for name in sorted(alive))
     return {"target_modules": f"^(?:{one_of})$", "exclude_modules": None, **every_layer}

@@ -6,17 +6,15 @@ and modules of rank 0 are excluded.
 
 import copy
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from dynlora.adapter_files.format import REWRITING_STARTS
-from dynlora.adapter_files.plain_config import exact_key
+from dynlora.adapter_files.plain_config import exact_key, target_fields
 from dynlora.lora.components import LoraComponents, unwrapped, without_wrappers
 
 
@@ -68,37 +66,12 @@ def ragged_config(
         if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12):
             ragged.alpha_pattern[key] = int(alpha) if alpha == int(alpha) else alpha
     if len(present) < len(modules):
-        by_name = {m.name: m.rank for m in modules if not isinstance(m.layer, lora.ParamWrapper)}
-        for field, value in target_fields(model, config, by_name).items():
+        ranks = {m.name: m.rank for m in modules if not isinstance(m.layer, lora.ParamWrapper)}
+        alive, dead = ([n for n, r in ranks.items() if bool(r) is has] for has in (True, False))
+        others = [name for name in targetable_names(model) if name not in ranks]
+        for field, value in target_fields(vars(config), alive, dead, others=others).items():
             setattr(ragged, field, value)
     return ragged
-
-
-def target_fields(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """``target_modules`` and its companions that match exactly the modules of rank 1 or more.
-
-    The user's own list of names is kept where it can be, with rank-0 modules in ``exclude_modules``.
-    A regular expression is the last resort, because some servers read only lists. Other arguments as in
-    ``ragged_config``.
-    """
-    alive = sorted(n for n, r in ranks.items() if r > 0)
-    dead = sorted(n for n, r in ranks.items() if r == 0)
-    names, excluded = config.target_modules, config.exclude_modules
-    own_layers = {n: getattr(config, n) for n in ("layers_to_transform", "layers_pattern")}
-    candidates: list[tuple[Any, list[str], dict[str, Any]]] = []
-    if names and not isinstance(names, str) and not isinstance(excluded, str):
-        candidates.append((sorted(names), sorted({*(excluded or ()), *dead}), own_layers))
-    candidates.append((alive, dead, dict.fromkeys(own_layers)))
-    one_of = "|".join(re.escape(n) for n in alive)
-    candidates.append((f"^(?:{one_of})$", [], dict.fromkeys(own_layers)))
-    targetable = targetable_names(model)
-    wanted = [n for n in targetable if ranks.get(n)]
-    for targets, unused, layers in candidates:
-        fields = {"target_modules": targets, "exclude_modules": unused or None, **layers}
-        trial = LoraConfig(**fields)
-        if [n for n in targetable if check_target_module_exists(trial, n)] == wanted:
-            break
-    return fields
 
 
 def targetable_names(model: nn.Module) -> list[str]:
