@@ -23,8 +23,20 @@ def tiny():
     return BertForSequenceClassification(config).eval()
 
 
+def batches(num=10):
+    """Of eight rows each."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 20, (num, 8, 6), generator=generator)
+    mask = torch.ones(8, 6, dtype=torch.long)
+    return [{"input_ids": i, "attention_mask": mask, "labels": i[:, 0] % 3} for i in ids]
+
+
+def target_of(model=None):
+    return Target(model=model or tiny(), head=HEAD, task_type="SEQ_CLS", seed=0, batches=batches)
+
+
 def adapted(method, options=OPTIONS, model=None):
-    target = Target(model=model or tiny(), head=HEAD, task_type="SEQ_CLS", seed=0)
+    target = target_of(model)
     return METHODS[method](options, target)
 
 

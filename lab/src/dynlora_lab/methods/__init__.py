@@ -10,6 +10,7 @@ from dynlora_lab.methods.adalora import adalora
 from dynlora_lab.methods.adapted import Adapted, Target
 from dynlora_lab.methods.bottleneck import houlsby, pfeiffer
 from dynlora_lab.methods.dynamic import dynlora, dynlora_auto, dynlora_gated, gated, random
+from dynlora_lab.methods.fisher import fim
 from dynlora_lab.methods.lora import lora, lora_initial, lora_svd
 from dynlora_lab.methods.options import AdapterOptions
 from dynlora_lab.methods.squeeze import cont_squeeze, dynlora_rotated, in_squeeze
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
     "cont-squeeze": cont_squeeze,
     "in-squeeze": in_squeeze,
     "dynlora-rotated": dynlora_rotated,
+    "fim": fim,
 }
 
 __all__ = ["METHODS", "Adapted", "AdapterOptions", "Target"]

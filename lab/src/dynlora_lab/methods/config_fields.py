@@ -91,7 +91,7 @@ def placed_ranks(options: AdapterOptions, target: Target) -> dict[str, int]:
     """Ranks of a LoRA on a part of ``target_modules`` with the parameters of ``target_r`` on all of them.
 
     The rank that fits on every module of the part, and what is left as one component more on modules
-    spread evenly, so that the adapter is never larger than the whole one.
+    spread evenly, to the nearest component.
 
     Raises:
         ValueError: the part is empty.
@@ -107,7 +107,7 @@ def placed_ranks(options: AdapterOptions, target: Target) -> dict[str, int]:
     whole = sum(part.values())
     rank, left = divmod(int(options.target_r * sum(sizes.values())), whole)
     ranks = dict.fromkeys(part, rank)
-    due = 0
+    due = whole * min(part.values()) // 2
     for name, size in part.items():
         due += left * size
         if due >= whole * size:

@@ -29,8 +29,8 @@ from dynlora_lab.methods.starts import REWRITES_BASE, plain_saver, with_start
 def lora(options: AdapterOptions, target: Target) -> Adapted:
     """PEFT's LoRA with every rank at the final budget, or with ``ranks``; scaling lora_alpha / target_r.
 
-    With ``placement`` on a part of the modules, with ``init_lora_weights`` from one of PEFT's starts, and
-    with ``loraplus_lr_ratio`` by PEFT's LoRA+ optimizer.
+    With ``placement`` on a part of the modules, with ``init_lora_weights`` from another start, and with
+    ``loraplus_lr_ratio`` by PEFT's LoRA+ optimizer.
 
     Raises:
         ValueError: ``target_r`` is not a whole number, ``ranks`` names what the model does not have, or

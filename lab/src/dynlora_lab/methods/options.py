@@ -16,6 +16,9 @@ Placement = Literal["all", "attention", "feed-forward"]
 STARTS = ("eva", "gaussian", "lora_ga", "olora", "orthogonal", "pissa")
 """PEFT's names of starts that need nothing beside batches of the training rows."""
 
+OUR_STARTS = ("gradient",)
+"""Starts that PEFT does not have."""
+
 _OF_LORA = ("init_lora_weights", "use_rslora", "loraplus_lr_ratio", "placement", "ranks")
 
 _ELSEWHERE = {
@@ -48,11 +51,13 @@ class AdapterOptions(Settings):
             whatever rank it starts.
         lora_dropout: of the adapter's input, in [0, 1).
         init, init_std: of the gated methods; see DynLoraConfig.
-        init_lora_weights: of ``lora``: PEFT's name of a start, such as ``pissa``; True is PEFT's default.
+        init_lora_weights: of ``lora``: PEFT's name of a start, such as ``pissa``, or ``gradient``, which is
+            ours; True is PEFT's default.
         use_rslora: of ``lora``: scale by lora_alpha / √target_r.
         loraplus_lr_ratio: of ``lora``: train B at so many times the learning rate, with PEFT's LoRA+.
         placement: of ``lora``: adapt the linear layers of ``attention`` or of the ``feed-forward`` nets
-            alone, with as many parameters as ``target_r`` on ``all`` of ``target_modules`` has.
+            alone, with as many parameters as ``target_r`` on ``all`` of ``target_modules`` has, to the
+            nearest component.
         ranks: of ``lora``: rank by module name, such as a finished run's ``run.json`` holds; modules of
             rank 0 are not adapted; instead of ``target_r`` everywhere.
         bottleneck: width of ``houlsby`` and ``pfeiffer``; None: as wide as the budget allows.
@@ -106,8 +111,9 @@ class AdapterOptions(Settings):
         """Check the fields of method ``lora``."""
         start = self.init_lora_weights
         if start is not True and not _is_start(start):
+            names = ", ".join(sorted(STARTS + OUR_STARTS))
             raise ValueError(
-                f"init_lora_weights={start!r} must be true, or one of {', '.join(STARTS)} or "
+                f"init_lora_weights={start!r} must be true, or one of {names} or "
                 "pissa_niter_N; for another start of PEFT's train in a script of your own."
             )
         if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
@@ -156,7 +162,7 @@ class AdapterOptions(Settings):
 
 
 def _is_start(name: object) -> bool:
-    return name in STARTS or re.fullmatch(r"pissa_niter_\d+", str(name)) is not None
+    return name in STARTS + OUR_STARTS or re.fullmatch(r"pissa_niter_\d+", str(name)) is not None
 
 
 _OURS = {f.name for f in dataclasses.fields(AdapterOptions)}

@@ -1,8 +1,7 @@
-"""PEFT's starts of a LoRA by their names, each driven as PEFT's documentation says."""
+"""PEFT's starts of a LoRA by their names, each driven as PEFT's documentation says, and one of ours."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 
 from dynlora_lab.methods.adapted import Target
+from dynlora_lab.methods.before_training import first_batches
 from dynlora_lab.methods.config_fields import component_sizes, joined_names
+from dynlora_lab.methods.gradient_start import right_singular_vectors, start_along_
 from dynlora_lab.methods.options import AdapterOptions
 
 REWRITES_BASE = ("lora_ga", "olora", "pissa")
 """Starts that subtract the adapter's first update from the base's weights."""
-
-GRADIENT_BATCHES = 8
-"""Batches that LoRA-GA averages its gradient over, as in the example of PEFT's documentation."""
 
 
 def with_start(options: AdapterOptions, target: Target, fields: Mapping[str, Any]) -> PeftModel:
@@ -37,13 +35,15 @@ def with_start(options: AdapterOptions, target: Target, fields: Mapping[str, Any
 
     Args:
         options: of the recipe.
-        target: the model, and the batches that EVA and LoRA-GA look at.
+        target: the model, and the batches that EVA, LoRA-GA and ``gradient`` look at.
         fields: of LoraConfig.
     """
     model = target.model
     start = options.init_lora_weights
     if next(model.parameters()).is_meta:
         start = True
+    if start == "gradient":
+        return _along_the_gradient(options, target, fields)
     config = LoraConfig(
         init_lora_weights=start,
         eva_config=EvaConfig() if start == "eva" else None,
@@ -66,6 +66,17 @@ def with_start(options: AdapterOptions, target: Target, fields: Mapping[str, Any
         prepare_layer_inputs_fn=_rows,
         show_progress_bar=False,
     )
+    return adapted
+
+
+def _along_the_gradient(
+    options: AdapterOptions, target: Target, fields: Mapping[str, Any]
+) -> PeftModel:
+    """PEFT's default start, with A replaced by directions of the loss's gradient."""
+    rank = max(fields.get("rank_pattern", {}).values(), default=fields.get("r", 0))
+    directions = right_singular_vectors(target, fields, rank=rank)
+    adapted = get_peft_model(target.model, LoraConfig(use_rslora=options.use_rslora, **fields))
+    start_along_(adapted, directions)
     return adapted
 
 
@@ -108,7 +119,7 @@ def _doubled(config: LoraConfig) -> LoraConfig:
 
 
 def _accumulate(model: nn.Module, target: Target) -> None:
-    for batch in islice(target.batches(), GRADIENT_BATCHES):
+    for batch in first_batches(target):
         model(**batch).loss.backward()
 
 
