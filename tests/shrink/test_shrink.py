@@ -152,12 +152,12 @@ def test_fused_experts_are_cut_by_slots_after_a_rotation_of_each_expert(tmp_path
 
 def test_both_halves_of_attention_share_a_rank_and_each_is_its_own_best(tmp_path):
     model = trained(net, tmp_path / "in", target_modules=["attention"])
-    done = shrink_adapter(tmp_path / "in", tmp_path / "out", energy=0.8, per_module=True)
+    done = shrink_adapter(tmp_path / "in", tmp_path / "out", method="sv_ratio", value=2.0)
     assert len(set(done.ranks.values())) == 1
     old, new = deltas(model), deltas(loaded(net, tmp_path / "out"))
     for name, delta in new.items():
-        shares = torch.linalg.svdvals(old[name].double()).square().cumsum(0)
-        best = truncated(old[name], int((shares < 0.8 * shares[-1]).sum()) + 1)
+        s = torch.linalg.svdvals(old[name].double())
+        best = truncated(old[name], int((s >= s[0] / 2).sum()))
         torch.testing.assert_close(delta.double(), best, rtol=0, atol=1e-5)
 
 
@@ -230,6 +230,16 @@ def test_a_dropped_module_whose_name_ends_another_is_still_told_apart(tmp_path):
     ]
 
 
+def test_uniform_pads_every_module_to_the_largest_kept_rank(every_layer):
+    _, folder, out = every_layer
+    ragged = shrink_adapter(folder, energy=0.8)
+    done = shrink_adapter(folder, out, energy=0.8, uniform=True)
+    assert set(done.ranks.values()) == {ragged.after.max_rank}
+    assert not done.config.rank_pattern
+    assert done.after.num_bytes > ragged.after.num_bytes
+    loaded(net, out)(IDS)
+
+
 def test_energy_keeps_the_fewest_parameters_and_wide_modules_pay(tmp_path):
     widths = nn.ModuleDict({"wide": nn.Linear(64, 64), "slim": nn.Linear(4, 4)})
     folder = tmp_path / "in"
@@ -243,6 +253,35 @@ def test_energy_keeps_the_fewest_parameters_and_wide_modules_pay(tmp_path):
     assert shrink_adapter(folder, energy=0.5).ranks == {"slim": 2, "wide": 0}
     assert shrink_adapter(folder, energy=0.5, per_module=True).ranks == {"slim": 1, "wide": 1}
     assert shrink_adapter(folder, energy=0.75).ranks == {"slim": 2, "wide": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "rank"),
+    [
+        ("sv_ratio", 1.0, 1),
+        ("sv_ratio", 4.0, 3),
+        ("sv_ratio", 3.99, 2),
+        ("sv_fro", 0.8, 1),  # 8 / sqrt(85) = 0.868
+        ("sv_fro", 0.95, 2),  # sqrt(80 / 85) = 0.970
+        ("sv_fro", 0.98, 3),
+        ("sv_cumulative", 0.5, 1),  # 8 / 15
+        ("sv_cumulative", 0.8, 2),  # 12 / 15, exactly
+        ("sv_cumulative", 0.81, 3),
+    ],
+)
+def test_kohyas_rules_mean_what_they_mean_in_kohyas_resize(tmp_path, method, value, rank):
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(6, 6)
+
+    model = get_peft_model(One(), LoraConfig(r=4, target_modules=["q"]))
+    with torch.no_grad():
+        layer = model.base_model.model.q
+        layer.lora_A["default"].weight.copy_(torch.eye(4, 6))
+        layer.lora_B["default"].weight.copy_(torch.eye(6, 4) * torch.tensor([8.0, 4, 2, 1]))
+    model.save_pretrained(tmp_path / "in")
+    assert shrink_adapter(tmp_path / "in", method=method, value=value).ranks == {"q": rank}
 
 
 def test_mean_rank_and_size_are_never_exceeded_and_the_size_is_the_files(every_layer):
@@ -359,6 +398,10 @@ def test_a_file_that_reads_back_differently_is_refused_and_leaves_nothing(every_
         ({"energy": 95.0}, r"energy=95.0 must be above 0 and at most 1"),
         ({"energy": 0.9, "mean_rank": 2}, r"energy and mean_rank were given; each decides alone"),
         ({"per_module": True}, r"per_module goes with energy"),
+        ({"method": "sv_fro"}, r"method and value go together"),
+        ({"method": "sv_fro", "value": 1.5}, r"value=1.5 must be above 0"),
+        ({"method": "sv_ratio", "value": 0.5}, r"must be 1 or more"),
+        ({"method": "sv_other", "value": 0.5}, r"none of sv_ratio, sv_fro, sv_cumulative"),
         ({"mean_rank": 1e-9}, r"mean_rank=1e-09 is too small"),
         ({"size_mb": 1e-9}, r"size_mb=1e-09 is too small"),
         ({"out": "new"}, r"no rule what to keep"),

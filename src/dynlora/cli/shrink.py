@@ -1,7 +1,7 @@
 """``dynlora shrink``: its options, and what it prints."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -27,6 +27,11 @@ def shrink(
     per_module: Annotated[
         bool, flag("--per-module", "That share in each module by itself.")
     ] = False,
+    method: Annotated[
+        Literal["sv_ratio", "sv_fro", "sv_cumulative"] | None,
+        typer.Option(metavar="RULE", help="kohya's sv_ratio, sv_fro or sv_cumulative."),
+    ] = None,
+    value: Annotated[float | None, typer.Option(metavar="X", help="Of --method.")] = None,
     mean_rank: Annotated[
         float | None, typer.Option(metavar="R", help="As many parameters as rank R everywhere.")
     ] = None,
@@ -44,15 +49,16 @@ def shrink(
         float | None,
         typer.Option(metavar="X", help="Rise of the loss that is accepted.", show_default="0.01"),
     ] = None,
+    uniform: Annotated[bool, flag("--uniform", "One rank everywhere, padded with zeros.")] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in a batch.")] = 8,
     max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a text.")] = 512,
 ) -> None:
     """Make a finished LoRA smaller without training.
 
     With FOLDER alone: prints size against energy, and writes nothing. One
-    rule decides what stays: --energy, --mean-rank, --size-mb, or --model with
-    --data, which finds the smallest size whose held-out loss rises by
-    --tolerance at most. Prints a LoraConfig that trains what came out.
+    rule decides what stays: --energy, --method, --mean-rank, --size-mb, or
+    --model with --data, which finds the smallest size whose held-out loss
+    rises by --tolerance at most. Prints a LoraConfig that trains what came out.
 
     For instance: dynlora shrink out --energy 0.95 --out out-small
     dynlora shrink out --model BASE --data val.csv --out out-small
@@ -63,8 +69,9 @@ def shrink(
 
     with quiet_libraries():
         done = shrink_adapter(
-            folder, out, energy=energy, per_module=per_module, mean_rank=mean_rank, size_mb=size_mb,
-            model=model, data=data, tolerance=tolerance, batch_size=batch_size, max_length=max_length,
+            folder, out, energy=energy, per_module=per_module, method=method, value=value,
+            mean_rank=mean_rank, size_mb=size_mb, model=model, data=data, tolerance=tolerance,
+            uniform=uniform, batch_size=batch_size, max_length=max_length,
         )  # fmt: skip
     console = Console()
     if done.after is None:
@@ -73,7 +80,7 @@ def shrink(
     if done.points:
         console.print(_loss_table(done))
     console.print(Text(done.conclusion))
-    console.print(Text(_details(done)))
+    console.print(Text(_details(done, uniform=uniform)))
     if done.config is not None:
         typer.echo(f"\n{done.config_source}")
 
@@ -123,12 +130,13 @@ def _loss_table(done: "ShrinkReport") -> RenderableType:
     return Group(table, Text())
 
 
-def _details(done: "ShrinkReport") -> str:
+def _details(done: "ShrinkReport", *, uniform: bool) -> str:
     after = done.after
     assert after is not None  # noqa: S101  # the caller has looked; for the type checker
+    form = f"padded to rank {after.max_rank}" if uniform else f"ranks up to {after.max_rank}"
     dead = f", {after.dead} modules left out" if after.dead else ""
     text = (
-        f"ranks up to {after.max_rank}{dead}, {after.num_bytes:,} bytes, {after.energy:.2%} of the energy, "
+        f"{form}{dead}, {after.num_bytes:,} bytes, {after.energy:.2%} of the energy, "
         f"{done.seconds[1]:.1f} s"
     )
     if done.out is None:

@@ -16,7 +16,7 @@ from dynlora.adapter_files.write import copy_processor, plain, write_adapter
 from dynlora.errors import AdapterFileError, VerificationError
 from dynlora.files import whole_folder
 from dynlora.shrink import report as facts
-from dynlora.shrink.choice import by_budget, by_energy
+from dynlora.shrink.choice import by_budget, by_energy, by_method
 from dynlora.shrink.held_out import HeldOut
 from dynlora.shrink.report import ShrinkReport
 from dynlora.shrink.rows import read_rows
@@ -37,11 +37,14 @@ def shrink_adapter(
     *,
     energy: float | None = None,
     per_module: bool = False,
+    method: str | None = None,
+    value: float | None = None,
     mean_rank: float | None = None,
     size_mb: float | None = None,
     model: str | None = None,
     data: Path_ | None = None,
     tolerance: float | None = None,
+    uniform: bool = False,
     batch_size: int = 8,
     max_length: int = 512,
 ) -> ShrinkReport:
@@ -56,12 +59,15 @@ def shrink_adapter(
         out: folder to write; None writes nothing.
         energy: share of Σσ² (scaling included) of the whole model to keep, with the fewest parameters.
         per_module: keep that share in each module by itself.
+        method: kohya's ``sv_ratio``, ``sv_fro`` or ``sv_cumulative``, in each module by itself.
+        value: of ``method``.
         mean_rank: keep what fits into the parameters of this rank everywhere.
         size_mb: keep what fits into a file of so many 10⁶ bytes.
         model: folder or hub id of the base model: to measure losses, and to verify what was written.
         data: .csv or .jsonl with held-out texts: column ``text``, for a classifier also ``label``.
         tolerance: keep the least whose loss on ``data`` is at most (1 + tolerance) times the whole
             adapter's. 0.01 if ``data`` is given and no other rule.
+        uniform: give every module the largest kept rank, filled up with zeros.
         batch_size: texts in a batch.
         max_length: tokens of a text; longer ones are cut.
 
@@ -72,11 +78,11 @@ def shrink_adapter(
         VerificationError: what was written, read back, is not what it should be; nothing stays.
     """
     start = time.perf_counter()
-    rules = {"energy": energy, "mean_rank": mean_rank, "size_mb": size_mb}
+    rules = {"energy": energy, "method": method, "mean_rank": mean_rank, "size_mb": size_mb}
     if data is not None and tolerance is None and all(rule is None for rule in rules.values()):
         tolerance = DEFAULT_TOLERANCE
     given = [n for n, rule in {**rules, "tolerance": tolerance}.items() if rule is not None]
-    _check_rules(given, per_module=per_module, tolerance=tolerance)
+    _check_rules(given, per_module=per_module, method=method, value=value, tolerance=tolerance)
     if given == ["tolerance"] and (model is None or data is None):
         raise ValueError("tolerance needs the base and held-out texts: name model and data.")
     if data is not None and model is None:
@@ -84,7 +90,7 @@ def shrink_adapter(
     if out is not None:
         _check_out(Path(out), Path(folder), given)
     rows = None if data is None else read_rows(Path(data))
-    spectra = _read(Path(folder))
+    spectra = _read(Path(folder), uniform=uniform)
     decomposed = time.perf_counter() - start
     held_out = None
     if model is not None:
@@ -101,6 +107,8 @@ def shrink_adapter(
     cut: Cut | None = None
     if energy is not None:
         cut = by_energy(spectra, energy, per_module=per_module)
+    elif method is not None and value is not None:
+        cut = by_method(spectra, method, value)
     elif mean_rank is not None:
         cut = by_budget(spectra, "mean_rank", mean_rank)
     elif size_mb is not None:
@@ -116,9 +124,18 @@ def shrink_adapter(
     return dataclasses.replace(found, seconds=(decomposed, time.perf_counter() - start))
 
 
-def _check_rules(given: list[str], *, per_module: bool, tolerance: float | None) -> None:
+def _check_rules(
+    given: list[str],
+    *,
+    per_module: bool,
+    method: str | None,
+    value: float | None,
+    tolerance: float | None,
+) -> None:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} were given; each decides alone. Name one.")
+    if (method is None) != (value is None):
+        raise ValueError("method and value go together, as method='sv_fro', value=0.9.")
     if per_module and given != ["energy"]:
         raise ValueError("per_module goes with energy; name energy, as energy=0.95.")
     if tolerance is not None and not tolerance >= 0:
@@ -128,7 +145,8 @@ def _check_rules(given: list[str], *, per_module: bool, tolerance: float | None)
 def _check_out(out: Path, folder: Path, given: list[str]) -> None:
     if not given:
         raise ValueError(
-            "out was given, but no rule what to keep: name energy, mean_rank, size_mb, or model and data."
+            "out was given, but no rule what to keep: name energy, method, mean_rank, size_mb, or "
+            "model and data."
         )
     if out.resolve() == folder.resolve():
         raise FileExistsError(f"out={str(out)!r} is the adapter itself; name another folder.")
@@ -136,14 +154,14 @@ def _check_out(out: Path, folder: Path, given: list[str]) -> None:
         raise FileExistsError(f"out={str(out)!r} exists already; name a new folder or remove it.")
 
 
-def _read(folder: Path) -> Spectra:
+def _read(folder: Path, *, uniform: bool) -> Spectra:
     if read_config(checked_source(folder)).get("peft_type") == "DYNLORA":
         raise AdapterFileError(
             f"{folder} is a checkpoint with gates (peft_type DYNLORA). Make it a plain LoRA first: "
             f"dynlora export {folder}"
         )
     adapter = read(folder)
-    spectra = Spectra(adapter, [decompose(update) for update in adapter.updates])
+    spectra = Spectra(adapter, [decompose(update) for update in adapter.updates], uniform)
     if not any(bool(module.energy.any()) for module in spectra.modules):
         raise ValueError(
             f"{folder}: every B A is 0, so the adapter equals its base. Train it first."
@@ -156,10 +174,13 @@ def _chosen(spectra: Spectra, cut: Cut, held_out: HeldOut | None) -> dict[str, A
     after = facts.size_of(spectra, cut, None if held_out is None else held_out.loss(cut))
     names = [update.name for update in spectra.adapter.updates]
     chosen = {"after": after, "ranks": dict(zip(names, spectra.ranks(cut), strict=True))}
+    plain_form = dataclasses.replace(spectra, uniform=False)
     for rank in range(1, max(update.rank for update in spectra.adapter.updates)):
         rival = spectra.same_rank(rank)
-        if spectra.num_bytes(rival) >= after.num_bytes:
-            size = facts.size_of(spectra, rival, None if held_out is None else held_out.loss(rival))
+        if plain_form.num_bytes(rival) >= after.num_bytes:
+            size = facts.size_of(
+                plain_form, rival, None if held_out is None else held_out.loss(rival)
+            )
             return {**chosen, "same_rank": rank, "same_rank_size": size}
     return chosen
 

@@ -84,15 +84,17 @@ def decompose(update: Update) -> Spectrum:
 
 @dataclass(frozen=True)
 class Spectra:
-    """An adapter by singular triplets.
+    """An adapter by singular triplets, and the form in which cuts of it are written.
 
     Attributes:
         adapter: as it was read.
         modules: one for each update, in the same order.
+        uniform: give every module the largest kept rank, filled up with zeros.
     """
 
     adapter: Adapter
     modules: Sequence[Spectrum]
+    uniform: bool = False
 
     @property
     def everything(self) -> Cut:
@@ -137,9 +139,11 @@ class Spectra:
     def ranks(self, cut: Cut) -> list[int]:
         """Rank of each update in the file; modules that one name in a config means share theirs."""
         updates = self.adapter.updates
+        kept = [max(int(mask.sum()), u.min_rank) for u, mask in zip(updates, cut, strict=True)]
+        if self.uniform:
+            return [max(kept)] * len(kept)
         by_group: dict[str, int] = {}
-        for update, mask in zip(updates, cut, strict=True):
-            rank = max(int(mask.sum()), update.min_rank)
+        for update, rank in zip(updates, kept, strict=True):
             by_group[update.group] = max(rank, by_group.get(update.group, 0))
         return [by_group[update.group] for update in updates]
 
