@@ -91,6 +91,18 @@ def text_with_pictures() -> dict[str, Any]:
     return {"input_ids": ids, "pixel_values": pixels().unsqueeze(1), "labels": ids}
 
 
+def text_with_patches() -> dict[str, Any]:
+    """As above, of pictures cut into 16 patches, which are merged into four tokens."""
+    ids = text_with_pictures()["input_ids"]
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(ROWS * 16, 3 * 2 * 4 * 4, generator=_random()),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * ROWS),
+        "mm_token_type_ids": (ids == PICTURE).int(),
+        "labels": ids,
+    }
+
+
 def speech() -> dict[str, Any]:
     return {"input_features": torch.randn(ROWS, 8, 24, generator=_random()), "labels": token_ids()}
 
@@ -369,6 +381,31 @@ ZOO = [
             use_cache=False,
         ),
         text_with_pictures,
+        is_slow=True,
+    ),
+    Species(
+        "qwen2_5_vl",
+        hf.Qwen2_5_VLForConditionalGeneration,
+        hf.Qwen2_5_VLConfig(
+            text_config={k: v for k, v in DECODER.items() if k != "head_dim"}
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+            | {"bos_token_id": 0, "eos_token_id": 2},
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 8,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            image_token_id=PICTURE,
+            video_token_id=1,
+        ),
+        text_with_patches,
         is_slow=True,
     ),
 ]
