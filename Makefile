@@ -80,7 +80,7 @@ peft-suite: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(PIP) matplotlib
-	for question in step_cost allocator_cost whole_run render; do \
+	for question in step_cost step_cost_4bit allocator_cost whole_run render; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
 
 gpu: .venv/dev.stamp

@@ -80,8 +80,25 @@ def freeze_(allocator: RankAllocator) -> None:
         allocator.freeze_()
 
 
+def quantise_(model: nn.Module, case: StepCase) -> nn.Module:
+    """Put the targeted layers of a frozen model in 4 bit, by bitsandbytes, as QLoRA has them."""
+    import bitsandbytes as bnb  # only here: a machine without it loses this case alone
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in case.shape.targets:
+            small = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=layer.bias is not None,
+                compute_dtype=case.dtype, quant_type="nf4",
+            )  # fmt: skip
+            small.load_state_dict(layer.state_dict())
+            model.set_submodule(name, small.requires_grad_(False).to(layer.weight.device))
+    vars(model).update(is_loaded_in_4bit=True)  # asked for by PEFT
+    return model
+
+
 def _base(case: StepCase, device: str) -> nn.Module:
-    return case.shape.build(case.layers, case.dtype, device)
+    model = case.shape.build(case.layers, case.dtype, device)
+    return quantise_(model.requires_grad_(False), case) if case.is_4bit else model
 
 
 def _lora(case: StepCase, device: str, rank: int) -> nn.Module:
@@ -116,8 +133,8 @@ def step_arms(case: StepCase, device: str) -> dict[str, Callable[[], None]]:
         arms[name] = training_step(model, adamw(model), case, device)
     for name in (BEFORE, BEFORE_FUSED, WINDOW, AFTER, AFTER_FUSED):
         model = _lora(case, device, case.init_r)
-        if name in {BEFORE_FUSED, AFTER_FUSED}:
-            fuse_(model)
+        if name in {BEFORE_FUSED, AFTER_FUSED} and not fuse_(model):
+            raise RuntimeError(f"{case.name}: no layer that the fused function serves")
         optimizer = adamw(model)
         allocator = allocator_of(model, optimizer, case)
         arms[name] = training_step(model, optimizer, case, device)

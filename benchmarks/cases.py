@@ -87,6 +87,7 @@ class StepCase:
         target_r: rank of plain LoRA, and mean rank at the end of ours.
         init_r: rank at the start of ours.
         dtype: of base model and adapter.
+        is_4bit: whether the targeted layers of the base are in 4 bit.
     """
 
     shape: Shape
@@ -97,12 +98,13 @@ class StepCase:
     target_r: int = 8
     init_r: int = 12
     dtype: torch.dtype = field(default=torch.float32)
+    is_4bit: bool = False
 
     @property
     def name(self) -> str:
         """How tables call it."""
         size = f"{self.layers} of {self.shape.depth} layers, {self.batch}x{self.length} tokens"
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = str(self.dtype).removeprefix("torch.") + ", base in 4 bit" * self.is_4bit
         return f"{self.shape.name}, {size}, r {self.target_r}, dropout {self.dropout}, {kind}"
 
     def inputs(self, device: str) -> Tensor:
@@ -127,5 +129,17 @@ STEP_CASES = {
             for dropout in (0.0, 0.1)
             for rank in (2, 8, 16, 64)
         )
+    ],
+}
+
+FOUR_BIT_CASES = {
+    "cpu": [
+        StepCase(shape, 1, batch, length, dropout, is_4bit=True)
+        for shape, batch, length in ((ROBERTA, 16, 128), (LLAMA_1B, 1, 256))
+        for dropout in (0.0, 0.1)
+    ],
+    "cuda": [
+        StepCase(LLAMA_8B, 4, 8, 512, dropout, 16, 24, torch.bfloat16, is_4bit=True)
+        for dropout in (0.0, 0.1)
     ],
 }

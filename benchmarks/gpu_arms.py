@@ -23,6 +23,7 @@ from arms import (
     allocator_of,
     freeze_ragged_,
     prune_in_the_middle_,
+    quantise_,
 )
 from cases import LLAMA_1B, LLAMA_8B, Shape, StepCase
 from peft import LoraConfig, get_peft_model
@@ -83,19 +84,7 @@ def base_model(case: GpuCase, device: str) -> nn.Module:
 
 def quantised_model(case: GpuCase, device: str) -> nn.Module:
     """The frozen model with its targeted layers in 4 bit, by bitsandbytes, as QLoRA has them."""
-    import bitsandbytes as bnb  # only here: a machine without it loses this case alone
-
-    model = base_model(case, device)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in case.shape.targets:
-            small = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=layer.bias is not None,
-                compute_dtype=case.dtype, quant_type="nf4",
-            )  # fmt: skip
-            small.load_state_dict(layer.state_dict())
-            model.set_submodule(name, small.requires_grad_(False).to(device))
-    vars(model).update(is_loaded_in_4bit=True)  # asked for by PEFT
-    return model
+    return quantise_(base_model(case, device), case)
 
 
 @dataclass

@@ -179,6 +179,7 @@ def source(record: dict[str, Any]) -> str:
 
 TABLES = {
     "step_cost": step_cost,
+    "step_cost_4bit": step_cost,
     "allocator_cost": allocator_cost,
     "whole_run": whole_run,
     "reward": reward,

@@ -6,18 +6,18 @@ The floor is the frozen model's forward pass and the gradient of its activations
 cheaper.
 """
 
+import argparse
 import statistics
 
 from arms import FLOOR, LORA_TARGET, PEERS, step_arms
-from cases import STEP_CASES
+from cases import STEP_CASES, StepCase
 from measuring import arguments, interleaved, ratio, spread, write
 
 
-def main() -> None:
-    """Measure all cases of the device and write them."""
-    options = arguments(__doc__ or "")
+def compare(question: str, options: argparse.Namespace, chosen: list[StepCase]) -> None:
+    """Measure all arms of these cases and write them."""
     cases = []
-    for case in STEP_CASES[options.device]:
+    for case in chosen:
         arms = step_arms(case, options.device)
         times = interleaved(arms, rounds=options.rounds, device=options.device)
         rows = {
@@ -33,8 +33,9 @@ def main() -> None:
         }
         cases.append({"case": case.name, "arms": rows, "times": times})
         print(case.name, {arm: round(row["to_peer"], 3) for arm, row in rows.items()})  # type: ignore[call-overload]
-    write("step_cost", options, {"cases": cases})
+    write(question, options, {"cases": cases})
 
 
 if __name__ == "__main__":
-    main()
+    options = arguments(__doc__ or "")
+    compare("step_cost", options, STEP_CASES[options.device])
