@@ -6,6 +6,7 @@ python lab/scripts/beyond.py page                                # lab/results/b
 python lab/scripts/beyond.py picture                             # ranks.png beside it (needs matplotlib)
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -32,7 +33,7 @@ METRICS = {
     "synopses": ("rouge1", "rouge2", "rougeL", "perplexity"),
     "italian": ("chrf", "bleu", "perplexity"),
     "noisy-prompts": ("wer",),
-    "modern-english": ("chrf", "rule_kept", "perplexity"),
+    "modern-english": ("bleu", "chrf", "rule_kept", "perplexity"),
 }
 
 
@@ -100,6 +101,7 @@ def page() -> str:
         runs = _runs(name)
         if runs:
             parts += [f"## {name}", _table(runs, metrics), _towers(runs), _answers(name)]
+    parts.append(_agreement())
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -164,6 +166,41 @@ def part_of(module: str) -> str:
     """
     known = re.search(r"vision_tower|multi_modal_projector|language_model|encoder|decoder", module)
     return known.group() if known else "decoder"
+
+
+def _agreement() -> str:
+    """How alike the final ranks of tasks are that share a model: the mean correlation of pairs of runs."""
+    found = {name: runs["dynlora"] for name in METRICS if "dynlora" in (runs := _runs(name))}
+    lines = []
+    for one, other in itertools.combinations_with_replacement(found, 2):
+        if one == other:
+            pairs = list(itertools.combinations(found[one], 2))
+        else:
+            pairs = list(itertools.product(found[one], found[other]))
+        if not pairs or any(a["ranks"].keys() != b["ranks"].keys() for a, b in pairs):
+            continue
+        values = [correlation(a["ranks"], b["ranks"]) for a, b in pairs]
+        between = f"{one}, two seeds" if one == other else f"{one} and {other}"
+        lines.append(
+            f"| {between} | {statistics.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
+        )
+    if not lines:
+        return ""
+    head = "| ranks of | mean correlation | pairs of runs |\n|---|---|---|"
+    return "\n".join(
+        ["## How alike the ranks are", "", "Spearman's correlation over modules:", "", head, *lines]
+    )
+
+
+def correlation(one: Mapping[str, int], other: Mapping[str, int]) -> float:
+    """Spearman's rank correlation of two maps of ranks, over the modules that they share.
+
+    >>> correlation({"a": 0, "b": 1, "c": 6}, {"a": 1, "b": 2, "c": 3})
+    1.0
+    """
+    from scipy.stats import spearmanr
+
+    return round(float(spearmanr([one[k] for k in one], [other[k] for k in one]).statistic), 6)
 
 
 def _answers(name: str) -> str:

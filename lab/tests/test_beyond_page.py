@@ -50,7 +50,18 @@ def test_the_page_has_the_mean_of_the_seeds_and_what_was_written(beyond, tmp_pat
     assert "| encoder | 2 | 7.00 | 0 |" in lines
     assert "| decoder | 2 | 0.50 | 1 |" in lines
     assert "|  | hold the line | base of lora | lora / heard | dynlora / heard |" in lines
+    assert "| noisy-prompts, two seeds | 1.00 | 1.00 to 1.00 |" in lines
     assert not [line for line in lines if "italian" in line]
+
+
+def test_ranks_are_compared_between_tasks_of_one_model_only(beyond, tmp_path):
+    keep(tmp_path / "italian", "dynlora", 1, 0.0, {ENCODER: 4, DECODER: 0, "a": 2})
+    keep(tmp_path / "synopses", "dynlora", 1, 0.0, {ENCODER: 0, DECODER: 4, "a": 2})
+    keep(tmp_path / "noisy-prompts", "dynlora", 1, 0.0, {ENCODER: 4})
+    lines = beyond._agreement().splitlines()
+    assert [line for line in lines if line.startswith("| ") and "correlation" not in line] == [
+        "| synopses and italian | -1.00 | -1.00 to -1.00 |"
+    ]
 
 
 def test_a_rank_map_has_a_row_a_kind_and_a_column_a_layer(beyond):
