@@ -33,6 +33,27 @@ def test_a_row_holds_the_seeds_at_the_chosen_rate(tmp_path):
     assert found["published"] == 90.5
 
 
+def test_forgetting_is_a_column_where_cells_measured_it(tmp_path):
+    def forgetful(c):
+        known = {"before": 2.0, "after": 2.1 + 0.1 * c.seed, "tokens": 60}
+        return result(c, score(c)) | ({"forgetting": known} if c.method == "lora" else {})
+
+    summary = summarise(finished(tmp_path, run=forgetful))
+    assert row(summary, "a", "lora")["forgetting"] == pytest.approx(0.2)
+    files = rendered(tmp_path)
+    lines = [line for line in files["README.md"].splitlines() if line.startswith("| a | ")]
+    assert "| a | lora | 300 | 200 | 11 | 1,024 | +0.200 |" in lines
+    assert "| a | dynlora | 300 | 200 | 11 | 1,024 | - |" in lines
+    assert "nats a token" in files["index.html"]
+    table = list(csv.DictReader(io.StringIO(files["table.csv"])))
+    assert table[0]["forgetting"] == "0.2"
+
+
+def test_no_table_speaks_of_forgetting_that_no_cell_measured(tmp_path):
+    files = rendered(finished(tmp_path))
+    assert [name for name, text in files.items() if "forgetting" in text.lower()] == []
+
+
 def test_differences_are_paired_by_seed(tmp_path):
     def uneven(c):
         return result(c, score(c), reported=score(c) + 0.03 * (c.method == "lora") * c.seed)

@@ -5,6 +5,8 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
+from peft import PeftModel
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from dynlora_lab.tasks.base_model import BaseModel
@@ -194,3 +196,68 @@ def test_answers_do_not_depend_on_what_they_are_padded_to(tmp_path):
 def test_a_rule_that_cannot_be_used_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Options(layout="instruction", **fields)
+
+
+KNOWN = ["six five four", "three two one two three", "one five", "four four", "six one two"]
+
+
+def save_known(folder, texts=KNOWN):
+    path = folder / "known.jsonl"
+    path.write_text("\n".join(json.dumps({"words": text}) for text in texts), encoding="utf8")
+    return str(path)
+
+
+def loss_of_each(model, tokenizer, texts):
+    """Text by text, without padding: summed losses over the number of tokens that were predicted."""
+    total = count = 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            total += float(model.eval()(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return total / count, count
+
+
+@pytest.mark.parametrize(
+    "adapter", [{}, {"method": "lora", "adapter": {"target_r": 2, "init_lora_weights": "pissa"}}]
+)
+def test_forgetting_is_the_loss_on_known_text_before_and_after_training(tmp_path, adapter):
+    known = {
+        "forgetting": save_known(tmp_path), "forgetting_text": "words", "forgetting_rows": len(KNOWN)
+    }  # fmt: skip
+    base = save_base(tmp_path / "base")
+    record = run_rows(
+        tmp_path,
+        splits_of(TEXTS),
+        task="causal-lm",
+        model=base,
+        options={"max_length": 16, **known},
+        training={"num_train_epochs": 6, "learning_rate": 3e-2},
+        **adapter,
+    ).record
+    found = record["forgetting"]
+    tokenizer = BaseModel(name=base).tokenizer()
+    before, tokens = loss_of_each(LlamaForCausalLM.from_pretrained(base), tokenizer, KNOWN)
+    assert found["before"] == pytest.approx(before, rel=1e-4)
+    assert found["tokens"] == tokens
+    finished = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "run")
+    after, _ = loss_of_each(finished, tokenizer, KNOWN)
+    assert found["after"] == pytest.approx(after, rel=1e-4)
+    assert abs(found["after"] - found["before"]) > 0.1
+
+
+def test_forgetting_is_absent_where_no_data_is_named(tmp_path):
+    assert "forgetting" not in run_lm(tmp_path, TEXTS).record
+
+
+def test_known_text_is_checked_before_a_model_is_loaded(tmp_path):
+    named = Options(forgetting=save_known(tmp_path))
+    with pytest.raises(
+        RecipeError, match="column 'text' is missing .* set options.forgetting_text"
+    ):
+        read(named, splits_of(TEXTS))
+    blank = Options(forgetting=save_known(tmp_path, [*KNOWN, " "]), forgetting_text="words")
+    with pytest.raises(RecipeError, match="has nothing in column 'words'"):
+        read(blank, splits_of(TEXTS))
+    with pytest.raises(RecipeError, match=r"'absent.csv' is not a file"):
+        read(Options(forgetting="absent.csv"), splits_of(TEXTS))

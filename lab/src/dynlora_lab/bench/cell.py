@@ -29,6 +29,7 @@ KEPT = (
     "machine",
     "base_sha256",
     "baselines",
+    "forgetting",
 )
 
 

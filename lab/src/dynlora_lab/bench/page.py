@@ -15,6 +15,7 @@ from dynlora_lab.bench.text_tables import (
     cost_table,
     difference_table,
     duel_table,
+    forgetting_note,
     has_best_epoch,
     provenance_text,
     published_source,
@@ -104,7 +105,7 @@ def as_html(summary: Mapping[str, Any]) -> str:
             ("Ranks over tasks", ranking_text(summary), _ranks(summary), [], []),
             ("Where the ranks went", "Modules by final rank.", "", *rank_table(summary)),
             *_best_epoch(summary),
-            ("Cost", "", "", *cost_table(summary)),
+            ("Cost", forgetting_note(summary).strip(), "", *cost_table(summary)),
             (f"Learning rates, by {summary['select']}", "", _sweep(summary), head, plain),
         ]
     return PAGE.render(

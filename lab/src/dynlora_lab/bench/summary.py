@@ -23,7 +23,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         baselines), methods, rows (task by method), overall (by method), duels (method by method,
         over all tasks), ranking, sweep (value by learning rate), provenance. Scores are multiplied by the
         task's scale; differences are positive where a method is better than the baseline, or than the
-        other one, of the last epoch.
+        other one, of the last epoch. A row has ``forgetting``, nats a token, where its cells measured it.
 
     Raises:
         RecipeError: ``folder`` holds no results, or cells of one task that started from different bases.
@@ -76,6 +76,7 @@ def _row(suite: Suite, results: Mapping[str, Result], task: str, method: str) ->
     row["difference"] = asdict(paired([differences])) if differences else None
     row["cost"] = _cost(found)
     row["modules_by_rank"] = _modules_by_rank(found)
+    row |= _forgetting(found)
     return row
 
 
@@ -156,6 +157,14 @@ def _cost(found: Mapping[int, Result]) -> dict[str, float] | None:
         "train_s": fmean(r["train_s"] for r in runs),
         "peak_mib": fmean(_peak(r) for r in runs) / 2**20,
     }
+
+
+def _forgetting(found: Mapping[int, Result]) -> dict[str, float]:
+    """By how much the loss on data of the base's own domain grew, mean over seeds; {} if unmeasured."""
+    measured = [r["forgetting"] for r in found.values() if r.get("forgetting")]
+    if not measured:
+        return {}
+    return {"forgetting": fmean(m["after"] - m["before"] for m in measured)}
 
 
 def _modules_by_rank(found: Mapping[int, Result]) -> dict[str, float] | None:

@@ -39,14 +39,15 @@ def as_json(summary: Mapping[str, Any]) -> str:
 def as_csv(summary: Mapping[str, Any]) -> str:
     """One line per task and method."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
+    fields = [*CSV_FIELDS, "forgetting"] if has_forgetting(summary) else list(CSV_FIELDS)
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     for row in summary["rows"]:
         difference, cost = row["difference"] or {}, row["cost"] or {}
         low, high = difference.get("interval") or (None, None)
         flat = {**row, **cost, **difference, "low": low, "high": high}
         flat |= {"difference": difference.get("mean"), "seeds": len(row["seeds"])}
-        writer.writerow({name: _cell(flat.get(name)) for name in CSV_FIELDS})
+        writer.writerow({name: _cell(flat.get(name)) for name in fields})
     return text.getvalue()
 
 
@@ -76,7 +77,8 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
         *_best_epoch(summary),
         "## Cost",
         "Adapter parameters without the head at start and end, seconds of training with its "
-        "evaluations, peak memory of the process (with a GPU: allocated on it).",
+        "evaluations, peak memory of the process (with a GPU: allocated on it)."
+        + forgetting_note(summary),
         markdown_table(*cost_table(summary)),
         "## Learning rates",
         f"Score on `{summary['select']}` by learning rate; the chosen one in bold.",
@@ -90,6 +92,21 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
 def has_best_epoch(summary: Mapping[str, Any]) -> bool:
     """Whether any run was evaluated on the way, so that there is a best epoch to show."""
     return any(row["best"] is not None for row in summary["rows"])
+
+
+def has_forgetting(summary: Mapping[str, Any]) -> bool:
+    """Whether any run measured what the base knew before."""
+    return any("forgetting" in row for row in summary["rows"])
+
+
+def forgetting_note(summary: Mapping[str, Any]) -> str:
+    """What the column of the cost table means; "" without it."""
+    if not has_forgetting(summary):
+        return ""
+    return (
+        " Forgetting: by how many nats a token the loss on data of the base's own domain grew, mean over "
+        "seeds."
+    )
 
 
 def _best_epoch(summary: Mapping[str, Any]) -> list[str]:
@@ -190,13 +207,16 @@ def duel_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def cost_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: one line per task and method."""
+    has_known = has_forgetting(summary)
     head = ["task", "method", "parameters, start", "end", "seconds", "MiB"]
+    head += ["forgetting"] if has_known else []
     rows = [
         [
             row["task"],
             row["method"],
             *(f"{row['cost'][k]:,.0f}" for k in ("parameters_start", "parameters_end")),
             *(f"{row['cost'][k]:,.0f}" for k in ("train_s", "peak_mib")),
+            *([_signed(row.get("forgetting"))] if has_known else []),
         ]
         for row in summary["rows"]
         if row["cost"]
@@ -302,6 +322,10 @@ def _score(row: Mapping[str, Any], kind: str, seeds: int) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.3f}"
 
 
 def _by_rank(modules: Mapping[str, float] | None) -> str:

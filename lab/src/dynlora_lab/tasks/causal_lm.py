@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from dynlora_lab.tasks.base_model import BaseModel
 from dynlora_lab.tasks.data import Splits, need_columns, need_filled, need_texts
 from dynlora_lab.tasks.family import Family, Prepared, TaskData
+from dynlora_lab.tasks.forgetting import known_texts, text_loss
 from dynlora_lab.tasks.scoring.perplexity import perplexity, row_losses
 from dynlora_lab.tasks.scoring.summaries import rouge_scores
 from dynlora_lab.tasks.scoring.translations import translation_scores
@@ -65,6 +66,9 @@ class Options:
         generate_rows, max_new_tokens: how many, and how long.
         rule: regular expression that a right answer holds somewhere, such as a format, or with ``(?!…)``
             words that it must not hold; ``rule_kept`` is the percentage of answers that do.
+        forgetting: data of the base's own domain, named as in ``data.name``: the loss on its split
+            ``train`` is measured before and after training and recorded as ``forgetting``.
+        forgetting_text, forgetting_rows: its text column, and how many rows count.
     """
 
     layout: Layout = "text"
@@ -78,6 +82,9 @@ class Options:
     generate_rows: int = 32
     max_new_tokens: int = 64
     rule: str | None = None
+    forgetting: str | None = None
+    forgetting_text: str = "text"
+    forgetting_rows: int = 64
 
     def __post_init__(self) -> None:
         """Check ranges and what excludes each other.
@@ -86,7 +93,7 @@ class Options:
             ValueError: a number is out of its range, a field does not fit the layout, or the rule is no
                 regular expression.
         """
-        for name in ("max_length", "generate_rows", "max_new_tokens"):
+        for name in ("max_length", "generate_rows", "max_new_tokens", "forgetting_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.layout == "text" and self.generate:
@@ -123,7 +130,10 @@ def read(options: Options, splits: Splits) -> TaskData:
     """
     notes = _check_columns(options, splits)
     train, evals = splits.shaped(partial(_shaped, options=options))
-    return TaskData(train=train, evals=evals, notes=notes)
+    known = options.forgetting and known_texts(
+        options.forgetting, column=options.forgetting_text, rows=options.forgetting_rows
+    )
+    return TaskData(train=train, evals=evals, notes=notes, facts=known)
 
 
 def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
@@ -134,6 +144,9 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
     as_chat = partial(_templated, has_template=tokenizer.chat_template is not None)
     evals = {name: as_chat(rows) for name, rows in data.evals.items()}
     written = Written()
+    known_loss = data.facts and partial(
+        text_loss, tokenizer=tokenizer, texts=data.facts, max_length=options.max_length
+    )
     return Prepared(
         model=model,
         processor=tokenizer,
@@ -142,6 +155,7 @@ def prepare(options: Options, data: TaskData, base: BaseModel) -> Prepared:
         evals=evals,
         compute_metrics=partial(_measured, options, model, tokenizer, evals, written),
         written=written,
+        known_loss=known_loss or None,
     )
 
 

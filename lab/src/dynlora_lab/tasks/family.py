@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from dynlora_lab.tasks.base_model import BaseModel
@@ -81,6 +82,8 @@ class Prepared:
             the prefix ``eval_``. A closure over the raw rows does post-processing (spans, decoding).
         trainer_options: further arguments of ``trainer_class`` (``preprocess_logits_for_metrics``).
         written: where ``compute_metrics`` notes the texts that it scored.
+        known_loss: (model) -> ``nll`` and ``tokens`` on data of the base's own domain, asked for before
+            and after training; None where the recipe names none.
     """
 
     model: PreTrainedModel
@@ -92,6 +95,7 @@ class Prepared:
     compute_metrics: Callable[[str, EvalPrediction], dict[str, float]] | None = None
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     written: Written = field(default_factory=Written)
+    known_loss: Callable[[nn.Module], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,11 +93,19 @@ def run(
     if not resume and trainer.is_world_process_zero():
         clear_folder(recipe.output)
     _write(trainer, recipe, record)
+    before = prepared.known_loss and prepared.known_loss(trainer.model)
     listener.announce(f"Training with {recipe.method}")
     _train(trainer, recipe, record, stop, checkpoint)
     adapted.finish()
     listener.announce("Measuring")
     metrics = trainer.evaluate()
+    if prepared.known_loss and before:
+        after = prepared.known_loss(trainer.model)
+        record["forgetting"] = {
+            "before": before["nll"],
+            "after": after["nll"],
+            "tokens": before["tokens"],
+        }
     _save(trainer, recipe, adapted)
     _conclude(recipe, record, trainer, adapted, metrics)
     if trainer.is_world_process_zero():
