@@ -98,7 +98,7 @@ class StepCase:
     target_r: int = 8
     init_r: int = 12
     dtype: torch.dtype = field(default=torch.float32)
-    is_4bit: bool = False
+    is_4bit: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
