@@ -1,36 +1,27 @@
 """axolotl's plugin: ``plugins: [dynlora.integrations.axolotl.DynLoraPlugin]`` and keys ``dynlora_...``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel
+from pydantic import create_model
 from transformers import TrainerCallback
 
+from dynlora.allocation import Settings
 from dynlora.callback import DynLoraCallback
 
 PREFIX = "dynlora_"
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
-class DynLoraArgs(BaseModel):
-    """Keys of the YAML file; each is DynLoraCallback's argument of that name, and None is its default."""
-
-    dynlora_target_r: float | str | None = None
-    dynlora_tolerance: float | None = None
-    dynlora_min_r: int | None = None
-    dynlora_prune_start: float | None = None
-    dynlora_prune_end: float | None = None
-    dynlora_prune_interval: int | None = None
-    dynlora_ema_beta: float | None = None
-    dynlora_importance: str | None = None
-    dynlora_budget: str | None = None
-    dynlora_revival: bool | None = None
-    dynlora_dem_weight: float | None = None
-    dynlora_compact: bool | None = None
-    dynlora_preset: str | None = None
-    dynlora_eval_batches: int | None = None
-    dynlora_freeze_on_stop: bool | None = None
+_OF_THE_CALLBACK = {"preset": str, "eval_batches": int, "freeze_on_stop": bool}
+_KEYS: dict[str, Any] = {
+    PREFIX + name: (kind | None, None)
+    for name, kind in (get_type_hints(Settings) | _OF_THE_CALLBACK).items()
+    if name != "total_steps"  # the Trainer knows it
+}
+DynLoraArgs: Any = create_model("DynLoraArgs", __module__=__name__, **_KEYS)
+"""Keys of the YAML file; each is DynLoraCallback's argument of that name, and None is its default."""
 
 
 class DynLoraPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is no dependency
