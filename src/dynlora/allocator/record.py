@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dynlora.lora.components import LoraComponents
 
+_QUARTERS = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+
 
 def prune_event(
     modules: Sequence[LoraComponents],
@@ -53,9 +55,7 @@ def five_numbers(values: Tensor) -> list[float] | None:
     """
     if values.numel() == 0:
         return None
-    ordered = values.float().cpu().sort().values
-    places = [round(share * (len(ordered) - 1)) for share in (0, 0.25, 0.5, 0.75, 1)]
-    return [float(ordered[i]) for i in places]
+    return values.double().cpu().quantile(_QUARTERS, interpolation="nearest").tolist()
 
 
 def memory_bytes() -> dict[str, int]:
