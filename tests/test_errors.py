@@ -108,7 +108,7 @@ def test_the_whole_folder_loads(whole):
 def test_a_hostile_folder_leaves_an_adapter_in_training_as_it_was(tmp_path, whole):
     """Resuming loads weights over an adapter that is there already."""
     folder = tmp_path / "adapter"
-    for name in ("gate of NaN", "weight of the base model", "factor A missing"):
+    for name in ("weight of the base model", "path in a name"):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
         HOSTILE[name](folder)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft.tuners import _buffer_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch.nn.modules import conv
@@ -20,7 +19,6 @@ from transformers import Trainer
         (DistributedDataParallel, "_build_debug_param_to_name_mapping"),
         (DistributedDataParallel, "_ddp_init_helper"),
         (BaseTunerLayer, "_active_adapter"),
-        (_buffer_dict, "BufferDict"),
         (conv, "_ConvNd"),
         (PeftType, "_value2member_map_"),
         (PeftType, "_member_names_"),

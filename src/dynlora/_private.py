@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as ConvNd
@@ -19,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 __all__ = [
-    "BufferDict",
     "ConvNd",
     "active_ddp",
     "calling_self",

@@ -165,7 +165,8 @@ def test_every_layer_kind_keeps_its_function(tmp_path, make):
         model = stock(layer_kinds, target_modules=KINDS)
         run(model, steps=18, target_r=1)
     else:
-        model = adapted(layer_kinds, gated=True, target_modules=KINDS, target_r=2)
+        kinds = [kind for kind in KINDS if kind not in {"embedding", "mha"}]
+        model = adapted(layer_kinds, gated=True, target_modules=kinds, target_r=2)
         train(model, steps=12, total_steps=40)
     model.save_pretrained(tmp_path / "in")
     both_forms_compute(layer_kinds, tmp_path / "in", logits(model), tmp_path)

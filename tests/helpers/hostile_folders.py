@@ -35,10 +35,12 @@ def put(key, value):
     return rewrite(lambda tensors: tensors.update({key: value}))
 
 
-def put_dropped(module):
-    """An entry for a module of rank 0."""
-    parts = {"lora_ema": torch.ones(0), "lora_live": torch.ones(0, dtype=torch.bool)}
-    return rewrite(lambda tensors: tensors.update({module + "." + k: v for k, v in parts.items()}))
+def put_module(name):
+    """The factors and the gate of one more module."""
+    parts = {"A.weight": torch.ones(4, 7), "B.weight": torch.ones(5, 4), "A.c": torch.ones(4)}
+    return rewrite(
+        lambda tensors: tensors.update({f"{name}.lora_{k}": v for k, v in parts.items()})
+    )
 
 
 def fill(part, value):
@@ -102,7 +104,7 @@ def list_pickled(folder):
 
 def plain_tensors(tensors):
     for key in list(tensors):
-        if key.endswith((".c", "ema", "live")):
+        if key.endswith(".c"):
             del tensors[key]
 
 
@@ -134,21 +136,18 @@ HOSTILE = {
     "gate of infinity": fill("lora_A.c", float("inf")),
     "factor A of NaN": fill("lora_A.weight", float("nan")),
     "factor B of infinity": fill("lora_B.weight", float("-inf")),
-    "scores of NaN": fill("lora_ema", float("nan")),
-    "mask of numbers": put(KEY + "lora_live", torch.ones(4)),
     "gate of integers": put(KEY + "lora_A.c", torch.ones(4, dtype=torch.int64)),
     "factor of complex numbers": put(
         KEY + "lora_A.weight", torch.ones(4, 7, dtype=torch.complex64)
     ),
     "gate of another rank": rewrite(of_other_ranks),
     "gate missing": drop("lora_A.c"),
-    "scores and mask missing": drop("lora_ema", "lora_live"),
     "factor A missing": drop("lora_A.weight"),
     "factor A is a vector": put(KEY + "lora_A.weight", torch.ones(4)),
-    "module missing": drop("lora_A.c", "lora_A.weight", "lora_B.weight", "lora_ema", "lora_live"),
+    "module missing": drop("lora_A.c", "lora_A.weight", "lora_B.weight"),
     "factors too wide": put(KEY + "lora_A.weight", torch.ones(4, 8)),
     "factors too tall": put(KEY + "lora_B.weight", torch.ones(6, 4)),
-    "module that is not in the model": put_dropped("base_model.model.layers.9"),
+    "module that is not in the model": put_module("base_model.model.layers.9"),
     "no adapter in the weights": rewrite(lambda t: (t.clear(), t.update(x=torch.ones(1)))),
     "plain LoRA under our name": rewrite(plain_tensors),
     "unknown part of a newer version": put(KEY + "lora_d.weight", torch.ones(4)),
@@ -157,7 +156,7 @@ HOSTILE = {
         "base_model.model.layers.1.bias", torch.ones(5)
     ),
     "path in a name": put("../../../etc/passwd", torch.ones(1)),
-    "path in a module's name": put_dropped("base_model.model.../../x"),
+    "path in a module's name": put_module("base_model.model.../../x"),
     "config cut in half": text(CONFIG, b'{"peft_type": "DYN'),
     "config is a list": text(CONFIG, b"[]"),
     "config is not UTF-8": text(CONFIG, b'{"peft_type": "\xff\xfe"}'),

@@ -192,9 +192,6 @@ GATED = {
             {"init_lora_weights": "pissa"}, {"lora_bias": True}, {"rank_pattern": {"q": -1}},
         )
     },
-    "field of an older version": lambda _: DynLoraConfig.from_peft_type(
-        peft_type="DYNLORA", schedule="linear"
-    ),
 }  # fmt: skip
 
 WRONG_USES = {**STOCK, **GATED}

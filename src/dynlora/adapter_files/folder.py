@@ -1,6 +1,7 @@
 """Opening an adapter folder: its config and the header of its weights, without torch."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The fields of adapter_config.json, as plain data.
 
     Raises:
-        AdapterFileError: it is not a JSON object, or absurdly large.
+        AdapterFileError: it is not a JSON object, absurdly large, or holds broken regular expressions.
     """
     path = folder / CONFIG_FILE
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -66,6 +67,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(
             f"{CONFIG_FILE} holds a {type(fields).__name__}, not an object: it is not an adapter's config."
         )
+    patterns = [
+        fields.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")
+    ]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns += fields[name] if isinstance(fields.get(name), dict) else ()
+    for pattern in (p for p in patterns if isinstance(p, str)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterFileError(
+                f"{CONFIG_FILE} holds {pattern!r}, which PEFT reads as a regular expression: {error}. The "
+                "file is damaged; download the folder again."
+            ) from error
     return fields
 
 
@@ -97,18 +111,19 @@ def fault(fields: Mapping[str, Any], header: Header) -> str:
     nested = Counter(group_of(name) for name in modules)
     is_gated = fields.get("peft_type") == "DYNLORA"
     for name, keys in modules.items():
-        if is_gated and not {"A", "B"} & keys.keys():  # it fell to rank 0 at the freeze
-            continue
         if missing := sorted({"A", "B"} - keys.keys()):
             return f"module {name!r} has no lora_{missing[0]}; the file is incomplete."
         a, b = header[keys["A"]][0], header[keys["B"]][0]
+        if is_gated and ("c" not in keys or header[keys["c"]][0] != a[:1]):
+            return (
+                f"module {name!r} has no gate (lora_A.c) of its rank; the file is incomplete, or it is a "
+                f"plain LoRA, whose peft_type in {CONFIG_FILE} is LORA."
+            )
         if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
             return (
                 f"module {name!r} has A of shape {a} and B of shape {b}: a grouped convolution, whose "
                 "components cannot be told apart, or a damaged file."
             )
-        if is_gated:  # the two halves of an attention may differ, and the config names the larger
-            continue
         group = group_of(name)
         parameters = parameters_of(fields, group)
         if parameters and len(parameters) != nested[group]:
@@ -133,8 +148,7 @@ def pruned_modules(
     """Modules of rank 0 that have no tensors in the folder, as far as it is known that they were pruned.
 
     What ``exclude_modules`` names may be the user's choice. Known is what the run's history beside the
-    checkpoint, or in the folder above it, lists as adapted; what an export noted in the weights file;
-    and what a gated config names with rank 0.
+    checkpoint, or in the folder above it, lists as adapted; and what an export noted in the weights file.
 
     Args:
         folder: of the adapter.
@@ -151,9 +165,6 @@ def pruned_modules(
     }  # these modules stay adapted
     with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
         known |= set(json.loads((file.metadata() or {}).get(PRUNED, "[]")))
-    if fields.get("peft_type") == "DYNLORA":
-        ranks = fields.get("rank_pattern") or {}
-        known |= {key.removeprefix("^").replace("\\", "") for key in ranks if ranks[key] == 0}
     return tuple(sorted({group_of(name) for name in known} - groups))
 
 

@@ -22,21 +22,26 @@ PRUNED = "dynlora.pruned"
 
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_"
-    r"(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|A\.c|c|ema|live)"
+    r"(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|A\.c)"
 )
-_PARTS = {
-    "A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B", "A.c": "c", "c": "c",
-    "ema": "ema", "live": "live",
-}  # fmt: skip
+_PARTS = {"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B", "A.c": "c"}
 
 REWRITING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """``init_lora_weights`` by which PEFT changes the base's weights, again at each load, for these ranks."""
 
-VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config",
-    "arrow_config", "alora_invocation_tokens", "layer_replication", "ensure_weight_tying",
-)  # fmt: skip
-"""Fields of LoraConfig with which an update is more than scaling · B A, or belongs to two modules."""
+VARIANTS = {
+    "use_dora": "the magnitude of weight-decomposed DoRA (NVIDIA) belongs to no component",
+    "use_qalora": "QA-LoRA pools the inputs of A",
+    "use_bdlora": "block-diagonal LoRA has no rank-one components",
+    "kasa_config": "KaSA trains singular values of its own and changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "velora_config": "VeLoRA replaces the backward pass of A",
+    "arrow_config": "Arrow routes between finished adapters",
+    "alora_invocation_tokens": "activated LoRA applies the adapter to a part of the tokens only",
+    "layer_replication": "replicated layers share weights that would be pruned twice",
+    "ensure_weight_tying": "tied factors belong to two modules at once",
+}
+"""Fields of LoraConfig with which an update is more than scaling · B A, or belongs to two, and why."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class FactorKey:
 
     Attributes:
         module: its name in the base model, ``.base_layer`` where PEFT nests its layers.
-        part: A, B, or of a gated adapter c, ema and live.
+        part: A, B, or of a gated adapter c.
         is_embedding: whether the key is that of an Embedding's factor.
     """
 
@@ -155,8 +160,6 @@ def num_experts(fields: Mapping[str, Any], module: str, rows: int) -> int:
 
 def scaling_of(fields: Mapping[str, Any], module: str) -> float:
     """What PEFT multiplies B A by: alpha / r, or alpha / √r, with the patterns.
-
-    A module of rank 0, as a gated config may name one, is built with one component.
 
     Raises:
         ValueError: adapted parameters of one module have different scalings, which the file does not

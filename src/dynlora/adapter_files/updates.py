@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ def read(folder: Path) -> Adapter:
         raise AdapterFileError(damaged(file, error)) from error
     adapter = parsed(fields, tensors, str(folder))
     pruned = pruned_modules(folder, fields, [update.name for update in adapter.updates])
-    return dataclasses.replace(adapter, pruned=tuple(sorted({*adapter.pruned, *pruned})))
+    return dataclasses.replace(adapter, pruned=pruned)
 
 
 def parsed(fields: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Adapter:
@@ -227,27 +227,24 @@ def parsed(fields: dict[str, Any], tensors: Mapping[str, Tensor], where: str) ->
     biased = {group_of(m["module"]) for key in others if (m := _BIAS_OWNER.fullmatch(key))}
     updates = []
     for name, keys in modules.items():
-        if "A" in keys:
-            parts = {part: tensors[key] for part, key in keys.items()}
-            update = _update(name, parts, fields, where)
-            updates.append(
-                dataclasses.replace(
-                    update,
-                    is_embedding="lora_embedding_" in keys["A"],
-                    has_bias=update.group in biased,
-                )
+        parts = {part: tensors[key] for part, key in keys.items()}
+        update = _update(name, parts, fields, where)
+        updates.append(
+            dataclasses.replace(
+                update,
+                is_embedding="lora_embedding_" in keys["A"],
+                has_bias=update.group in biased,
             )
+        )
     if not updates:
         raise AdapterFileError(
             f"{where} holds no lora_A and lora_B: the adapter equals its base model."
         )
-    present = {update.group for update in updates}
     lora = {k: v for k, v in fields.items() if k in _LORA_FIELDS} | {"peft_type": "LORA"}
     return Adapter(
         fields=lora if is_gated else fields,
-        updates=_with_equal_halves(updates),
+        updates=tuple(updates),
         others={PREFIX + key.removeprefix(PREFIX): tensors[key] for key in others},
-        pruned=tuple(sorted({group_of(name) for name in modules} - present)),
         is_gated=is_gated,
     )
 
@@ -289,7 +286,7 @@ def _update(
     name: str, parts: Mapping[str, Tensor], fields: Mapping[str, Any], where: str
 ) -> Update:
     a, b = parts["A"], parts["B"]
-    for letter, tensor in (("A", a), ("B", b)):
+    for letter, tensor in parts.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise AdapterFileError(
                 f"{where}: {letter} of module {name!r} has dtype {tensor.dtype} or holds NaN or infinity; "
@@ -302,12 +299,3 @@ def _update(
         b, experts = (b.to(exact) * gates).to(b.dtype), 1
     parameters = parameters_of(fields, group_of(name))
     return Update(name, a, b, scaling_of(fields, name), False, experts, parameters)
-
-
-def _with_equal_halves(updates: Iterable[Update]) -> tuple[Update, ...]:
-    """Both layers of a MultiheadAttention with one rank, as stock PEFT has it; gated ones may differ."""
-    updates = list(updates)
-    ranks: dict[str, int] = {}
-    for update in updates:
-        ranks[update.group] = max(update.rank, ranks.get(update.group, 0))
-    return tuple(u.padded(ranks[u.group]) for u in updates)

@@ -139,8 +139,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             return  # model_init builds another, or on_train_begin says what is missing
         self._stop_following()
         self._start = AdapterStart.of(model, self.adapter)
-        if not any(m.is_gated for m in self._start.modules):
-            self._follower = CheckpointFollower(model, self._start)
+        self._follower = CheckpointFollower(model, self._start)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from peft import LoraConfig
 
 from dynlora._private import extended_peft_type
-from dynlora.adapter_files.format import CONFIG_FILE
+from dynlora.adapter_files.format import CONFIG_FILE, VARIANTS
 from dynlora.allocation import PAPER, Settings
 from dynlora.allocation.settings import check_rules, is_integer, is_number
 from dynlora.gated.stored import read_folder
-from dynlora.lora.adapter import NO_COMPONENTS, refuse_variants
+from dynlora.lora.adapter import refuse_variants
 
 Init = Literal["kaiming", "lora"]
 
@@ -28,9 +28,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "init": "kaiming", "lora_alpha": 8, "lora_dropout": 0.1}
 }
 """Fields are None until they are filled from a preset and these, so that a value given always stays."""
-
-_REMOVED: dict[str, Any] = {"schedule": "slow-fast", "forget_pruned": False, "fused": None}
-"""Fields that older configs hold, with the only value that is still understood; None for any."""
 
 _NO_GATES = {
     "lora_bias": "a bias in B belongs to no rank-one component",
@@ -54,8 +51,7 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
     A module starts with ``init_r`` components; training prunes the least important ones of the whole
     model until ``target_r`` per module are left on average. All fields of
     ``dynlora.allocation.Settings`` are fields here, ``target_r`` is 8 if not given. The others are
-    LoraConfig's, with their meaning there; ``rank_pattern`` sets initial ranks, 0 in the config that is
-    saved with a module that fell to rank 0. ``r`` is ``init_r``.
+    LoraConfig's, with their meaning there; ``rank_pattern`` sets initial ranks. ``r`` is ``init_r``.
 
     Any stock ``LoraConfig`` can be trained in the same way without gates: give the settings to
     DynLoraCallback or RankAllocator instead.
@@ -101,7 +97,7 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
             is_auto = self.target_r == "auto"
             self.init_r = _AUTO_START if is_auto else math.ceil(_EXPANSION * self.target_r)
         check_rules(self._rules())
-        refuse_variants(self, NO_COMPONENTS)
+        refuse_variants(self, VARIANTS)
         refuse_variants(
             self, _NO_GATES, beside="gates", instead="train a LoraConfig with DynLoraCallback"
         )
@@ -134,22 +130,6 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
             config.stored = stored
         return config
 
-    @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> Any:
-        """Build a config from saved fields, without those that older versions had.
-
-        Raises:
-            ValueError: such a field has a value that is no longer supported.
-        """
-        for name, understood in _REMOVED.items():
-            value = kwargs.pop(name, understood)
-            if understood is not None and value != understood:
-                raise ValueError(
-                    f"{name}={value!r} was saved by an older dynlora and is no longer supported. Export "
-                    "the adapter as a plain LoRA with the version that wrote it."
-                )
-        return super().from_peft_type(**kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         """Fields for adapter_config.json, without ``r``, which follows from ``init_r``."""
         return {key: value for key, value in super().to_dict().items() if key != "r"}
@@ -167,8 +147,8 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         )
         for name, value in (self.rank_pattern or {}).items():
             yield (
-                is_integer(value) and value >= 0,  # 0 is a module that has lost all components
-                f"rank_pattern={{{name!r}: {value!r}}} must hold integers of at least 0; name a module in "
+                is_integer(value) and value >= 1,
+                f"rank_pattern={{{name!r}: {value!r}}} must hold integers of at least 1; name a module in "
                 "exclude_modules to leave it out.",
             )
         alphas = {"lora_alpha": self.lora_alpha}

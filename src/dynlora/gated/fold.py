@@ -5,7 +5,6 @@ A' = A[keep],  B' = s · (B ⊙ c)[:, keep],  s' = lora_alpha' / r' = 1
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora import layer as lora
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
@@ -75,21 +74,18 @@ def _install_(module: GatedComponents, a: Tensor, b: Tensor) -> None:
     device, is_trained = module.gate.device, module.gate.requires_grad
     new_a, new_b = (nn.Parameter(f.to(device), requires_grad=is_trained) for f in (a, b))
     detach_gate_(layer, adapter)
-    if isinstance(layer, lora.Embedding):
-        layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = new_a, new_b
-    else:
-        layer.lora_A[adapter].weight, layer.lora_B[adapter].weight = new_a, new_b
+    layer.lora_A[adapter].weight, layer.lora_B[adapter].weight = new_a, new_b
     layer.use_rslora[adapter], layer.scaling[adapter] = False, 1.0
     note_layer_rank_(layer, adapter, len(a))
 
 
 def _remove_(base_model: nn.Module, module: GatedComponents) -> None:
     """Take a rank-0 adapter out of its layer, and the layer out of the model if it was the last."""
-    layer, is_half = module.layer, module.layer.is_half_of_attention
+    layer = module.layer
     detach_gate_(layer, module.adapter)
     with without_active_adapter(layer):  # PEFT would make another one active in this layer only
         layer.delete_adapter(module.adapter)
-    if len(layer.lora_dropout) == 0 and not is_half:
+    if len(layer.lora_dropout) == 0:
         parent, _, child = module.name.rpartition(".")
         setattr(base_model.get_submodule(parent), child, layer.get_base_layer())
 

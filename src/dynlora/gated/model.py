@@ -1,24 +1,21 @@
 """DynLoraModel: PEFT's LoraModel with gates, registered as the PEFT method DYNLORA."""
 
-import copy
 from typing import Any, NoReturn
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dynlora._private import ConvNd
-from dynlora.adapter_files.plain_config import exact_key
+from dynlora.adapter_files.format import by_module
 from dynlora.gated.config import DYNLORA, DynLoraConfig
 from dynlora.gated.layer import GatedComponents, attach_gate_
-from dynlora.gated.stored import StoredAdapter
-from dynlora.lora.components import find_components, unwrapped
+from dynlora.gated.stored import check_others
+from dynlora.lora.components import unwrapped
 
 
 class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
@@ -49,13 +46,8 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         # a caller of set_peft_model_state_dict may bring trained biases that the config does not name
-        stored = StoredAdapter.of({k: v for k, v in state_dict.items() if not k.endswith(".bias")})
-        stored.check_others(unwrapped(model), config)
-        modules = find_components(model, adapter_name)
-        stored.check_modules([m.name for m in modules])
-        for module in modules:  # PEFT finds a file's keys through the layers that the model has
-            if module.is_dropped and (shapes := stored.shapes.get(module.name)):
-                module.resize_(shapes[0][0])
+        _, others = by_module(key for key in state_dict if not key.endswith(".bias"))
+        check_others(others, unwrapped(model), config)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -71,25 +63,22 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        ranks = lora_config.rank_pattern
-        is_empty = ranks.get(get_pattern_key(ranks, current_key)) == 0
-        built = copy.copy(lora_config)
-        if is_empty:  # PEFT refuses rank 0
-            built.rank_pattern = {exact_key(current_key): 1}
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.Embedding | nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules names {current_key!r}, a {type(base).__name__}, which has no gated form. "
+                "Name other modules, or train a LoraConfig with DynLoraCallback(target_r=...)."
+            )
         super()._create_and_replace(
-            built, adapter_name, target, target_name, parent, current_key, **kwargs
+            lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
+        attach_gate_(layer, adapter_name, lora_config)
+        module = GatedComponents(current_key, layer, adapter_name)
         is_trained = adapter_name in self.active_adapters and not lora_config.inference_mode
-        is_attention = isinstance(layer, lora.MultiheadAttention)
-        for half in (layer, layer.base_layer.out_proj) if is_attention else (layer,):
-            attach_gate_(half, adapter_name, lora_config, is_half_of_attention=is_attention)
-            module = GatedComponents(current_key, half, adapter_name)
-            module.gate.requires_grad_(is_trained)
-            if is_empty:
-                module.resize_(0)
-            elif lora_config.target_r == "auto" or lora_config.target_r < module.rank:
-                module.gate.awaits_allocator = adapter_name  # type: ignore[attr-defined]  # ours
+        module.gate.requires_grad_(is_trained)
+        if lora_config.target_r == "auto" or lora_config.target_r < module.rank:
+            module.gate.awaits_allocator = adapter_name  # type: ignore[attr-defined]  # ours
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refused: PEFT's combinations read A and B and would silently ignore the gates.

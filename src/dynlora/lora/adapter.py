@@ -7,22 +7,10 @@ from peft import LoraConfig
 from torch import nn
 
 from dynlora._private import ConvNd
+from dynlora.adapter_files.format import VARIANTS
 from dynlora.allocation import Settings, settings_from
 from dynlora.lora.configs import ragged_config, rewrites_base, swap_config_
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
-
-NO_COMPONENTS = {
-    "use_dora": "the magnitude of weight-decomposed DoRA (NVIDIA) belongs to no component",
-    "use_qalora": "QA-LoRA pools the inputs of A",
-    "use_bdlora": "block-diagonal LoRA has no rank-one components",
-    "kasa_config": "KaSA trains singular values of its own and changes the base weights",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "velora_config": "VeLoRA replaces the backward pass of A",
-    "arrow_config": "Arrow routes between finished adapters",
-    "alora_invocation_tokens": "activated LoRA applies the adapter to a part of the tokens only",
-    "layer_replication": "replicated layers share weights that would be pruned twice",
-    "ensure_weight_tying": "tied factors belong to two modules at once",
-}
 
 
 def refuse_variants(
@@ -61,7 +49,7 @@ class LoraAdapter:
 
     def check(self) -> None:
         """Refuse variants of LoRA and kinds of modules that have no components to compare."""
-        refuse_variants(self.start.config, NO_COMPONENTS)
+        refuse_variants(self.start.config, VARIANTS)
         for module in self.start.modules:
             base = module.layer.get_base_layer()
             if isinstance(base, ConvNd) and base.groups > 1:

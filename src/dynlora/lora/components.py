@@ -236,6 +236,10 @@ class LoraComponents:
             self.note_rank_(rank)
         self.forget_scores()
 
+    def restore_(self, rank: int, alpha: float, config: LoraConfig) -> None:
+        """Give a dropped module its adapter back by PEFT's means; values are undefined until loaded."""
+        self.layer.update_layer(self.adapter, rank, lora_alpha=alpha, config=config)
+
     def kept(self) -> Tensor:
         """Indices of the components that keep a place: all live ones, at least one if it must."""
         keep = self.live.nonzero().flatten()

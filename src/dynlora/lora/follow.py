@@ -112,13 +112,13 @@ class CheckpointFollower:
 
     @torch.no_grad()
     def _restore_(self, module: LoraComponents, rank: int) -> None:
-        """Give a dropped module its adapter back by PEFT's means; values are undefined until loaded."""
+        """Give a dropped module its adapter back, at the scaling that it had."""
         plain = copy.copy(self.start.config)
         plain.init_lora_weights = True  # another start could read or rewrite base weights
         divisor = rank**0.5 if plain.use_rslora else rank
         alpha = (self.start.scalings[module.name] or 1.0) * divisor
         with torch.random.fork_rng(devices=[]):
-            module.layer.update_layer(module.adapter, rank, lora_alpha=alpha, config=plain)
+            module.restore_(rank, alpha, plain)
         module.forget_scores()
 
 
@@ -141,7 +141,11 @@ def _name_adapter_(module: LoraComponents, state: dict[str, Any], prefix: str) -
     for key in state:
         start = inner if key.startswith(inner) else prefix
         container, _, attribute = key.removeprefix(start).partition(".")
-        if key.startswith(start) and container.startswith("lora_") and attribute in {"", "weight"}:
+        if (
+            key.startswith(start)
+            and container.startswith("lora_")
+            and attribute in {"", "weight", "c"}
+        ):
             renamed[key] = ".".join(filter(None, (start + container, module.adapter, attribute)))
     for key, named in renamed.items():
         state[named] = state.pop(key)

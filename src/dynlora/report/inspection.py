@@ -185,6 +185,6 @@ def _problem(config: Mapping[str, Any], header: Header) -> str:
 
 
 def _rank(keys: Mapping[str, str], header: Header, config: Mapping[str, Any], name: str) -> int:
-    key = keys.get("A") or keys.get("ema")
+    key = keys.get("A")
     rows = header[key][0][0] if key and header[key][0] else 0
     return rows // num_experts(config, name, rows)
