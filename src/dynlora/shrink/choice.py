@@ -1,5 +1,6 @@
 """Which singular triplets stay: by energy, by kohya's rules, by rank, by size."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
@@ -54,20 +55,15 @@ def by_budget(spectra: Spectra, name: str, value: float) -> Cut:
     }
     measure, unit = measures[name]
     order = spectra.order()
-    low, high = 1, len(order)
-    smallest = measure(spectra.first(order, low)) / unit
+    smallest = measure(spectra.first(order, 1)) / unit
     if not value >= smallest:
         raise ValueError(
             f"{name}={value} is too small: of the smallest adapter, with one component and what was "
             f"trained beside the LoRA, it is {smallest:.3g}. Take at least that."
         )
-    while low < high:
-        middle = (low + high + 1) // 2
-        if measure(spectra.first(order, middle)) <= value * unit:
-            low = middle
-        else:
-            high = middle - 1
-    return spectra.first(order, low)
+    counts = range(1, len(order) + 1)
+    held = bisect_right(counts, value * unit, key=lambda n: measure(spectra.first(order, n)))
+    return spectra.first(order, held)
 
 
 def _by_module(spectra: Spectra, count: Callable[[Tensor], int]) -> Cut:
