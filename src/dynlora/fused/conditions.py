@@ -65,10 +65,7 @@ def _is_watched(part: nn.Module) -> bool:
 def _is_transformed() -> bool:
     """Whether all modules are hooked, or a tracer or function transform sees every operation."""
     return bool(
-        hooks_of_all._global_forward_hooks
-        or hooks_of_all._global_forward_pre_hooks
-        or hooks_of_all._global_backward_hooks
-        or hooks_of_all._global_backward_pre_hooks
+        hooks_of_all._has_any_global_hook()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0  # the fused function has no forward-mode derivative
