@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from dynlora import AdapterFileError, DynLoraConfig
 from hostile_folders import CONFIG, HOSTILE, WEIGHTS
-from small_net import adapted, attached, small_net, train
+from small_net import attached, small_net, train
 from wrong_uses import WRONG_USES
 
 SNAPSHOT = Path(__file__).with_name("errors.json")
@@ -103,20 +103,6 @@ def test_what_is_not_a_config_is_refused_by_our_own_reader(tmp_path, whole, name
 def test_the_whole_folder_loads(whole):
     model = PeftModel.from_pretrained(small_net(), whole)
     assert isinstance(model.peft_config["default"], DynLoraConfig)
-
-
-def test_a_hostile_folder_leaves_an_adapter_in_training_as_it_was(tmp_path, whole):
-    """Resuming loads weights over an adapter that is there already."""
-    folder = tmp_path / "adapter"
-    for name in ("weight of the base model", "path in a name"):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(whole, folder)
-        HOSTILE[name](folder)
-        model = adapted(gated=True)
-        known = traits(model)
-        with pytest.raises(AdapterFileError):
-            model.load_adapter(folder, "default", is_trainable=True)
-        assert_same(traits(model), known)
 
 
 def test_a_config_alone_can_be_trained_from(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch.nn.modules import conv
@@ -20,6 +21,7 @@ from transformers import Trainer
         (DistributedDataParallel, "_ddp_init_helper"),
         (BaseTunerLayer, "_active_adapter"),
         (conv, "_ConvNd"),
+        (tuners_utils, "_get_in_out_features"),
         (PeftType, "_value2member_map_"),
         (PeftType, "_member_names_"),
         (PeftType, "_member_map_"),

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features as in_out_features
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as ConvNd
@@ -23,6 +24,7 @@ __all__ = [
     "calling_self",
     "can_rebuild",
     "extended_peft_type",
+    "in_out_features",
     "is_inner_step",
     "prepared_inputs",
     "rebuild_reducer_",

@@ -13,6 +13,7 @@ from torch import nn
 from dynlora.adapter_files.write import copy_processor
 from dynlora.export.models import BaseModel, agreement, outputs
 from dynlora.files import whole_folder
+from dynlora.lora.components import embeddings_of
 
 _UNTIED = "input and output embeddings are two weights now (tie_word_embeddings=false)"
 
@@ -58,7 +59,7 @@ def _untie_(model: PeftModel) -> None:
     first, second = _weights(base)
     if first is None or first is not second:
         return
-    for end in _ends(base):
+    for end in embeddings_of(base):
         if isinstance(end, LoraLayer):
             layer = end.get_base_layer()
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
@@ -68,18 +69,7 @@ def _untie_(model: PeftModel) -> None:
 
 
 def _weights(model: Any) -> list[Any]:
-    return [getattr(end, "weight", None) for end in _ends(model)]
-
-
-def _ends(model: Any) -> list[Any]:
-    """Input and output embeddings, None for what the model has not."""
-    found = []
-    for getter in (model.get_input_embeddings, model.get_output_embeddings):
-        try:
-            found.append(getter())
-        except NotImplementedError:  # of a model with two vocabularies, or none
-            found.append(None)
-    return found
+    return [getattr(end, "weight", None) for end in embeddings_of(model)]
 
 
 def _recorded_labels(folder: Path) -> list[str]:

@@ -59,8 +59,8 @@ class GatedComponents(LoraComponents):
         attach_gate_(self.layer, self.adapter, config)
 
 
-def attach_gate_(layer: Any, adapter: str, config: Any) -> None:
-    """Give ``adapter`` of a stock LoRA layer its gate, and draw A and B anew, in place.
+def attach_gate_(layer: Any, adapter: str, config: Any) -> nn.Parameter:
+    """Give ``adapter`` of a stock LoRA layer its gate, which is returned, and draw A and B anew.
 
     Args:
         layer: a LoRA layer that holds ``adapter``.
@@ -87,6 +87,7 @@ def attach_gate_(layer: Any, adapter: str, config: Any) -> None:
         else:
             for factor in (a, b):
                 nn.init.normal_(factor, std=config.init_std)
+    return gate
 
 
 def detach_gate_(layer: Any, adapter: str) -> None:

@@ -6,15 +6,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import register_peft_method
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dynlora._private import ConvNd
-from dynlora.adapter_files.format import by_module
 from dynlora.gated.config import DYNLORA, DynLoraConfig
-from dynlora.gated.layer import GatedComponents, attach_gate_
-from dynlora.gated.stored import check_others
+from dynlora.gated.layer import attach_gate_
 from dynlora.lora.components import unwrapped
 
 
@@ -37,22 +35,6 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
             stored.check_against(unwrapped(model), config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: DynLoraConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        # a caller of set_peft_model_state_dict may bring trained biases that the config does not name
-        _, others = by_module(key for key in state_dict if not key.endswith(".bias"))
-        check_others(others, unwrapped(model), config)
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        return remapped
-
     def _create_and_replace(
         self,
         lora_config: DynLoraConfig,
@@ -73,12 +55,10 @@ class DynLoraModel(LoraModel):  # type: ignore[misc]  # peft is untyped
             lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
-        attach_gate_(layer, adapter_name, lora_config)
-        module = GatedComponents(current_key, layer, adapter_name)
-        is_trained = adapter_name in self.active_adapters and not lora_config.inference_mode
-        module.gate.requires_grad_(is_trained)
-        if lora_config.target_r == "auto" or lora_config.target_r < module.rank:
-            module.gate.awaits_allocator = adapter_name  # type: ignore[attr-defined]  # ours
+        gate = attach_gate_(layer, adapter_name, lora_config)
+        gate.requires_grad_(adapter_name in self.active_adapters and not lora_config.inference_mode)
+        if lora_config.target_r == "auto" or lora_config.target_r < len(gate):
+            gate.awaits_allocator = adapter_name  # type: ignore[attr-defined]  # ours
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refused: PEFT's combinations read A and B and would silently ignore the gates.

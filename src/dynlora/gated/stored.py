@@ -5,7 +5,6 @@ adapter on to the base model. Here a folder that is damaged, made for another mo
 is refused while the model is still as it was.
 """
 
-import contextlib
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -17,10 +16,12 @@ from huggingface_hub.dataclasses import type_validator
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from dynlora._private import in_out_features
 from dynlora.adapter_files.folder import read_config
 from dynlora.adapter_files.format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from dynlora.adapter_files.updates import read
 from dynlora.errors import AdapterFileError
+from dynlora.lora.components import embeddings_of
 from dynlora.lora.configs import targetable_names
 
 _DAMAGED = "The file is damaged; download the folder again."
@@ -46,7 +47,7 @@ class StoredAdapter:
         Raises:
             AdapterFileError: says which.
         """
-        check_others(self.others, model, config)
+        _check_others(self.others, model, config)
         if config.target_modules is None or config.target_modules == "all-linear":
             raise AdapterFileError(
                 f"target_modules={config.target_modules!r} in {CONFIG_FILE} must name the modules, as PEFT "
@@ -61,8 +62,10 @@ class StoredAdapter:
                     f"module {name!r} of the adapter is not in {type(model).__name__}: {another}. Load "
                     "that one."
                 )
-            widths = _widths(present[name])
-            if widths and stored != widths:
+            module = present[name]
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            widths = in_out_features(base)
+            if None not in widths and stored != widths:
                 raise AdapterFileError(
                     f"module {name!r} maps {widths[0]} to {widths[1]} features, its adapter {stored[0]} to "
                     f"{stored[1]}: {another}. Load that one."
@@ -75,7 +78,7 @@ class StoredAdapter:
                 )
 
 
-def check_others(keys: Iterable[str], model: nn.Module, config: Any) -> None:
+def _check_others(keys: Iterable[str], model: nn.Module, config: Any) -> None:
     """Refuse entries that would overwrite weights of the base model that no adapter may bring.
 
     Allowed are what ``modules_to_save``, ``bias`` and ``trainable_token_indices`` name, and the
@@ -85,10 +88,8 @@ def check_others(keys: Iterable[str], model: nn.Module, config: Any) -> None:
         AdapterFileError: names the first of them.
     """
     known = [*(config.modules_to_save or ()), "embed_tokens", "lm_head"]
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(NotImplementedError):  # a model has two vocabularies or none
-            embedding = getattr(model, getter, lambda: None)()
-            known += [n for n, m in model.named_modules() if m is embedding]
+    embeddings = embeddings_of(model)
+    known += [n for n, m in model.named_modules() if any(m is e for e in embeddings)]
     for key in keys:
         is_bias = config.bias != "none" and key.endswith(".bias")
         is_token = config.trainable_token_indices and "trainable_tokens" in key
@@ -136,13 +137,3 @@ def read_folder(folder: Path, hints: Mapping[str, Any]) -> StoredAdapter | None:
 def _is_targeted(config: Any, name: str) -> bool:
     is_saved = bool(set(config.modules_to_save or ()) & set(name.split(".")))
     return not is_saved and bool(check_target_module_exists(config, name))
-
-
-def _widths(module: nn.Module | None) -> tuple[int, int] | None:
-    """Input and output features of the module; None for a kind without, and vocabularies may grow."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("nx", "nf")):
-        widths = tuple(getattr(base, name, None) for name in names)
-        if all(isinstance(width, int) for width in widths):
-            return widths  # type: ignore[return-value]  # two of them
-    return None

@@ -376,6 +376,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def embeddings_of(model: Any) -> list[Any]:
+    """Input and output embeddings of a model of transformers, None for what it has not."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name, lambda: None)())
+        except NotImplementedError:  # of a model with two vocabularies, or none
+            found.append(None)
+    return found
+
+
 def _adapted_inside(model: nn.Module) -> nn.Module | None:
     """The only adapted model inside one that knows of no adapter itself."""
     holders: list[tuple[str, nn.Module]] = []  # the outermost ones
