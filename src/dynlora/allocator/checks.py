@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dynlora.allocation import Settings
@@ -208,10 +209,8 @@ def check_weights(modules: Sequence[LoraComponents]) -> None:
         if not m.is_dropped
     }
     weights = [weight for of_module in held.values() for weight in of_module]
-    by_device = [[w for w in weights if w.device == d] for d in {w.device for w in weights}]
-    norms = [torch._foreach_norm(here, float("inf")) for here in by_device]
-    if all(_is_finite(torch.stack([n.float() for n in here])) for here in norms):
-        return  # one wait for each device
+    if _is_finite(get_total_norm(weights, math.inf)):
+        return
     bad = [name for name, of_module in held.items() if not all(map(_is_finite, of_module))]
     raise NotFiniteError(
         f"adapter weights of module {bad[0]!r} (modules with such weights: {len(bad)}) are NaN or "
