@@ -3,14 +3,17 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from dynlora import DynLoraConfig, export_lora, finalize_
+from dynlora.export import export_adapter
 from dynlora.lora.components import find_components
 from tiny_models import (
     KINDS,
@@ -305,3 +308,38 @@ def test_the_names_of_fused_experts_are_refused_not_left_out(name):
     named = config(gated=True, target_modules=["q_proj", name])
     with pytest.raises(ValueError, match=rf"{name}.* match no module of MixtralForCausalLM, whose"):
         get_peft_model(tiny_experts(), named)
+
+
+def as_an_earlier_version_saved(folder):
+    """Scores and masks beside the factors, and modules of rank 0 in ``rank_pattern``."""
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text(encoding="utf8"))
+    dead = fields["exclude_modules"]
+    assert dead
+    fields["rank_pattern"] |= {f"^{re.escape(name)}": 0 for name in dead}
+    fields["alpha_pattern"] |= {f"^{re.escape(name)}": 2.0 for name in dead}
+    path.write_text(json.dumps(fields | {"exclude_modules": None, "schedule": "slow-fast"}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key in [key for key in tensors if key.endswith("lora_A.c")]:
+        gates, layer = tensors[key], key.removesuffix("lora_A.c")
+        tensors |= {f"{layer}lora_ema": torch.ones_like(gates), f"{layer}lora_live": gates != 0}
+    for name in dead:
+        layer = f"base_model.model.{name}."
+        empty = {f"{layer}lora_ema": torch.ones(0), f"{layer}lora_live": torch.ones(0).bool()}
+        tensors |= empty
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_an_adapter_that_an_earlier_version_saved_loads_and_exports(tmp_path):
+    model = trained("after the freeze")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "old")
+    as_an_earlier_version_saved(tmp_path / "old")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "old")
+    assert torch.equal(logits(loaded), expected)
+    assert find_components(loaded, "default")[0].is_gated
+    finalize_(loaded)
+    equal(logits(loaded), expected)
+    export_adapter(tmp_path / "old", tmp_path / "plain", to="ragged")
+    equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")), expected)

@@ -26,6 +26,9 @@ _FACTOR = re.compile(
 )
 _PARTS = {"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B", "A.c": "c"}
 
+OLD_SCORES = (".lora_ema", ".lora_live")
+"""Ends of entries by which earlier versions saved scores and masks of a gated adapter beside it."""
+
 REWRITING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """``init_lora_weights`` by which PEFT changes the base's weights, again at each load, for these ranks."""
 
@@ -120,6 +123,28 @@ def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> An
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def with_dead_excluded(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config whose modules of rank 0 are excluded; gated ones once had rank 0 in ``rank_pattern``.
+
+    >>> with_dead_excluded({"rank_pattern": {"^h.0.up": 0, "^h.0.down": 2}})
+    {'rank_pattern': {'^h.0.down': 2}, 'alpha_pattern': {}, 'exclude_modules': 'h.0.up'}
+    """
+    pattern = fields.get("rank_pattern") or {}
+    dead = [key.removeprefix("^") for key, rank in pattern.items() if rank == 0]
+    if not dead:
+        return fields
+    excluded = fields.get("exclude_modules") or ()
+    if not isinstance(excluded, str):
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in excluded)
+    alphas = fields.get("alpha_pattern") or {}
+    return {
+        **fields,
+        "rank_pattern": {key: rank for key, rank in pattern.items() if rank != 0},
+        "alpha_pattern": {key: a for key, a in alphas.items() if pattern.get(key) != 0},
+        "exclude_modules": "|".join([excluded, *dead] if excluded else dead),
+    }
 
 
 def is_targeted(fields: Mapping[str, Any], name: str) -> bool:

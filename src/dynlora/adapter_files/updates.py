@@ -22,6 +22,7 @@ from dynlora.adapter_files.folder import (
     read_config,
 )
 from dynlora.adapter_files.format import (
+    OLD_SCORES,
     OUT_PROJECTION,
     PREFIX,
     REWRITING_STARTS,
@@ -34,6 +35,7 @@ from dynlora.adapter_files.format import (
     num_experts,
     parameters_of,
     scaling_of,
+    with_dead_excluded,
 )
 from dynlora.errors import AdapterFileError
 
@@ -192,11 +194,16 @@ class Adapter:
 def read(folder: Path) -> Adapter:
     """Read the folder of a plain LoRA, or of a gated checkpoint."""
     fields, file = read_config(checked_source(folder)), folder / WEIGHTS_FILE
+    is_gated = fields.get("peft_type") == "DYNLORA"
+    unread = OLD_SCORES if is_gated else ()
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no mapping
+            keys = [key for key in opened.keys() if not key.endswith(unread)]  # noqa: SIM118  # no mapping
+            tensors = {key: opened.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise AdapterFileError(damaged(file, error)) from error
+    if is_gated:
+        fields = with_dead_excluded(fields)
     adapter = parsed(fields, tensors, str(folder))
     pruned = pruned_modules(folder, fields, [update.name for update in adapter.updates])
     return dataclasses.replace(adapter, pruned=pruned)

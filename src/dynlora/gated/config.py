@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from peft import LoraConfig
 
 from dynlora._private import extended_peft_type
-from dynlora.adapter_files.format import CONFIG_FILE, VARIANTS
+from dynlora.adapter_files.format import CONFIG_FILE, VARIANTS, with_dead_excluded
 from dynlora.allocation import PAPER, Settings
 from dynlora.allocation.settings import check_rules, is_integer, is_number
 from dynlora.gated.stored import read_folder
@@ -129,6 +129,11 @@ class DynLoraConfig(_SettingsFields, LoraConfig):  # type: ignore[misc]  # peft 
         if isinstance(config, DynLoraConfig):
             config.stored = stored
         return config
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """A config of its saved fields, those of an earlier version too."""
+        return super().from_peft_type(**with_dead_excluded(kwargs))
 
     def to_dict(self) -> dict[str, Any]:
         """Fields for adapter_config.json, without ``r``, which follows from ``init_r``."""
