@@ -125,14 +125,15 @@ def test_one_rank_covers_every_module_at_the_runs_scaling(finished, framework):
     assert "# One rank for all modules, the largest; for exactly these ranks" in text
 
 
-def test_what_a_framework_has_no_setting_for_is_said(tmp_path):
+def test_what_is_left_out_is_said(tmp_path):
     fields = {"modules_to_save": ["lm_head"], "bias": "all", "target_modules": ["q_proj"]}
-    adapted(tiny_llama, **fields).save_pretrained(tmp_path)
-    assert "# axolotl has no setting for bias\n" in settings_for("axolotl", tmp_path)
+    adapted(tiny_llama, **fields, use_dora=True).save_pretrained(tmp_path)
+    assert "# Left out: bias\n" in settings_for("axolotl", tmp_path)
     assert yaml.safe_load(settings_for("axolotl", tmp_path))["lora_modules_to_save"] == ["lm_head"]
     assert yaml.safe_load(settings_for("llama-factory", tmp_path))["additional_target"] == "lm_head"
     assert words_of(settings_for("ms-swift", tmp_path))["lora_bias"] == ["all"]
-    unsaid = "# kohya has no setting for bias, modules_to_save, target_modules\n"
+    assert words_of(settings_for("ms-swift", tmp_path))["use_dora"] == ["True"]
+    unsaid = "# Left out: bias, modules_to_save, target_modules, use_dora\n"
     assert unsaid in settings_for("kohya", tmp_path)
 
 

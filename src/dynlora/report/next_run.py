@@ -23,21 +23,23 @@ _NAMES: dict[str, dict[str, str]] = {
         "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
         "target_modules": "lora_target_modules", "target_parameters": "lora_target_parameters",
         "modules_to_save": "lora_modules_to_save", "fan_in_fan_out": "lora_fan_in_fan_out",
-        "use_rslora": "peft_use_rslora", "init_lora_weights": "peft_init_lora_weights",
+        "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora",
+        "init_lora_weights": "peft_init_lora_weights",
         "rank_pattern": "lora_rank_pattern", "alpha_pattern": "lora_alpha_pattern",
     },
     "llama-factory": {
         "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
-        "target_modules": "lora_target", "modules_to_save": "additional_target",
+        "target_modules": "lora_target", "modules_to_save": "additional_target", "use_dora": "use_dora",
     },
     "ms-swift": {
         "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
         "target_modules": "target_modules", "target_parameters": "target_parameters",
         "modules_to_save": "modules_to_save", "bias": "lora_bias", "init_lora_weights": "init_weights",
+        "use_dora": "use_dora",
     },
     "kohya": {"r": "network_dim", "lora_alpha": "network_alpha"},
 }  # fmt: skip
-"""Its names for fields of LoraConfig; what is missing, it has no setting for."""
+"""Its names for fields of LoraConfig; what has none here is left out, and a comment says so."""
 
 _EXACTLY = "for exactly these ranks let it start from an untrained adapter: docs/rank-report.md"
 
@@ -86,7 +88,7 @@ def settings_for(framework: Framework, path: str | os.PathLike[str]) -> str:
         )
     told, names = told_fields(_by_name(config, facts.ranks)), _NAMES[framework]
     if unknown := sorted(told.keys() - names.keys() - {"task_type"}):
-        notes.append(f"{framework} has no setting for {', '.join(unknown)}")
+        notes.append(f"Left out: {', '.join(unknown)}")
     told.setdefault("lora_dropout", 0.0)  # ms-swift has another default
     pairs = {name: told[field] for field, name in names.items() if field in told}
     write = _arguments if framework in {"ms-swift", "kohya"} else _yaml
