@@ -9,6 +9,6 @@ PAGE = "docs/upstream-peft.md"
 
 @pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
 def test_the_script_prints_what_the_page_says(capsys):
-    (script,), (printed,) = fences(PAGE, "python"), fences(PAGE, "text")
+    (script,), (printed,) = fences(PAGE, "python"), fences(PAGE, "")
     script.run({})
     assert capsys.readouterr().out == printed.text
