@@ -49,7 +49,7 @@ class Sizes:
             self.metric[cell["task"]] = result["metric"]
             self.sign[cell["task"]] = 1 if result["is_better_higher"] else -1
             self.runs[cell["method"], cell["task"]][cell["learning_rate"]][cell["seed"]] = Run(
-                suite.scale * result["reported"]["final"],
+                suite.scale_of(cell["task"]) * result["reported"]["final"],
                 result["budget"]["parameters_end"],
                 result["cpu_s"],
             )

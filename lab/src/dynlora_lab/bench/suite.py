@@ -104,6 +104,10 @@ class Suite:
                 "cannot be the measure; hold out a part of train with data.held_out."
             )
 
+    def scale_of(self, task: str) -> float:
+        """What the tables multiply the metric of this task by."""
+        return float(self.tasks[task].get("scale", self.scale))
+
     def rates(self, task: str, method: str) -> list[float]:
         """The sweep of a method on a task, ascending."""
         factor = self.methods[method].get("rate_factor", 1.0)

@@ -65,7 +65,7 @@ def _row(suite: Suite, results: Mapping[str, Result], task: str, method: str) ->
     published = suite.published.get("values", {}).get(method, {}).get(task)
     row: dict[str, Any] = {"task": task, "method": method, "published": published}
     row |= {"learning_rate": chosen_rate(suite, results, task, method), "seeds": sorted(found)}
-    scale = _scale(suite, task)
+    scale = suite.scale_of(task)
     for kind in KINDS:
         values = [
             scale * r["reported"][kind] for r in found.values() if r["reported"][kind] is not None
@@ -139,7 +139,7 @@ def _differences(
     base = _by_seed(suite, results, task, other)
     both = [seed for seed in mine if seed in base]
     return [
-        _scale(suite, task)
+        suite.scale_of(task)
         * (mine[s]["reported"]["final"] - base[s]["reported"]["final"])
         * (1 if mine[s]["is_better_higher"] else -1)
         for s in both
@@ -199,7 +199,7 @@ def _sweep(suite: Suite, done: Mapping[str, Result]) -> list[dict[str, Any]]:
         cell = result["cell"]
         if cell["seed"] in suite.tune_seeds:
             place = (cell["task"], cell["method"], cell["learning_rate"])
-            value = _scale(suite, cell["task"]) * result["selected"]["final"]
+            value = suite.scale_of(cell["task"]) * result["selected"]["final"]
             found.setdefault(place, []).append(value)
     return [
         {"task": t, "method": m, "learning_rate": rate, "selected": fmean(values)}
@@ -212,12 +212,12 @@ def _task(suite: Suite, done: Mapping[str, Result], task: str) -> dict[str, Any]
     first = mine[0] if mine else None
     return {
         "name": task,
-        "scale": _scale(suite, task),
+        "scale": suite.scale_of(task),
         "reported": suite.reported(task),
         "metric": first and first["metric"],
         "is_better_higher": first["is_better_higher"] if first else True,
         "without_a_model": first
-        and {k: _scale(suite, task) * v for k, v in (first["baselines"] or {}).items()},
+        and {k: suite.scale_of(task) * v for k, v in (first["baselines"] or {}).items()},
     }
 
 
@@ -237,7 +237,3 @@ def _provenance(done: Mapping[str, Result]) -> dict[str, Any]:
         "to": max((r["started"] for r in runs), default=None),
         "cell_hours": round(sum(r["wall_s"] for r in runs) / 3600, 2),
     }
-
-
-def _scale(suite: Suite, task: str) -> float:
-    return float(suite.tasks[task].get("scale", suite.scale))
