@@ -95,6 +95,11 @@ def factor_key(module: str, part: str, *, is_embedding: bool = False) -> str:
     return f"{PREFIX}{module}.lora_" + (f"embedding_{part}" if is_embedding else f"{part}.weight")
 
 
+def is_rewriting(start: object) -> bool:
+    """Whether a value of ``init_lora_weights`` changes the base's weights, as ``pissa_niter_4`` does."""
+    return isinstance(start, str) and start.startswith(REWRITING_STARTS)
+
+
 def is_unknown_part(key: str) -> bool:
     """Whether a key belongs to LoRA components and yet has none of the parts above, as DoRA's magnitude.
 

@@ -25,12 +25,12 @@ from dynlora.adapter_files.format import (
     OLD_SCORES,
     OUT_PROJECTION,
     PREFIX,
-    REWRITING_STARTS,
     VARIANTS,
     WEIGHTS_FILE,
     by_module,
     factor_key,
     group_of,
+    is_rewriting,
     is_unknown_part,
     num_experts,
     parameters_of,
@@ -268,7 +268,7 @@ def _check_method(fields: Mapping[str, Any], where: str) -> None:
             f"{where} was trained with {', '.join(used)}, which changes what its factors mean; merge it "
             "into its base model instead: dynlora export --to merged, or PEFT's merge_and_unload."
         )
-    if isinstance(start, str) and start.startswith(REWRITING_STARTS):
+    if is_rewriting(start):
         raise AdapterFileError(
             f"{where} has init_lora_weights={start!r}: PEFT changes the base's weights at each load, for "
             "exactly these ranks. Save it with save_pretrained(folder, "

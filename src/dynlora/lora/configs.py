@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from dynlora.adapter_files.format import REWRITING_STARTS
+from dynlora.adapter_files.format import is_rewriting
 from dynlora.adapter_files.plain_config import exact_key, target_fields
 from dynlora.lora.components import LoraComponents, unwrapped, without_wrappers
 
@@ -24,8 +24,7 @@ def rewrites_base(config: LoraConfig) -> bool:
     What is saved fits only a base that was changed in the same way, and PEFT changes it again at each
     load, by the ranks in the config: they must stay those of the start.
     """
-    start = config.init_lora_weights
-    return isinstance(start, str) and start.startswith(REWRITING_STARTS)
+    return is_rewriting(config.init_lora_weights)
 
 
 def recorded_fields(config: LoraConfig) -> dict[str, Any]:

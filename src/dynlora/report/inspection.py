@@ -17,11 +17,11 @@ from dynlora.adapter_files.folder import (
 )
 from dynlora.adapter_files.format import (
     PREFIX,
-    REWRITING_STARTS,
     VARIANTS,
     WEIGHTS_FILE,
     by_module,
     group_of,
+    is_rewriting,
     is_targeted,
     is_unknown_part,
     num_experts,
@@ -126,7 +126,7 @@ def servers(
     if used := [name for name in VARIANTS if config.get(name)]:
         why = f"{', '.join(used)} changes what the factors mean: dynlora export --to merged"
         return ["PEFT"], why
-    if isinstance(start, str) and start.startswith(REWRITING_STARTS):
+    if is_rewriting(start):
         why = f"{start} changes the base's weights at each load: dynlora export --to merged"
         return ["PEFT"], why
     if heads:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from dynlora.allocation import Budget, select_components, target_cost
 from dynlora.allocator.masks import Masks
 from dynlora.lora.adapter import LoraAdapter
+from dynlora.lora.configs import rewrites_base
 from dynlora.lora.follow import AdapterStart
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.config_fields import (
@@ -23,7 +24,7 @@ from dynlora_lab.methods.config_fields import (
 )
 from dynlora_lab.methods.options import AdapterOptions
 from dynlora_lab.methods.singular import squared_norms, to_singular_triplets_
-from dynlora_lab.methods.starts import REWRITES_BASE, plain_saver, with_start
+from dynlora_lab.methods.starts import plain_saver, with_start
 
 
 def lora(options: AdapterOptions, target: Target) -> Adapted:
@@ -45,10 +46,9 @@ def lora(options: AdapterOptions, target: Target) -> Adapted:
         fields |= ranked_fields(options, ranks, target.model)
     model = with_start(options, target, fields)
     ratio = options.loraplus_lr_ratio
-    rewritten = model.peft_config["default"].init_lora_weights
     return dataclasses.replace(
         _trained(model, target),
-        save=plain_saver(model) if str(rewritten).startswith(REWRITES_BASE) else None,
+        save=plain_saver(model) if rewrites_base(model.peft_config["default"]) else None,
         optimizer=None if ratio is None else _loraplus(model, ratio),
     )
 

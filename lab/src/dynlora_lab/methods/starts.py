@@ -23,9 +23,6 @@ from dynlora_lab.methods.config_fields import component_sizes, joined_names
 from dynlora_lab.methods.gradient_start import right_singular_vectors, start_along_
 from dynlora_lab.methods.options import AdapterOptions
 
-REWRITES_BASE = ("lora_ga", "olora", "pissa")
-"""Starts that subtract the adapter's first update from the base's weights."""
-
 
 def with_start(options: AdapterOptions, target: Target, fields: Mapping[str, Any]) -> PeftModel:
     """The target's model with a LoRA from the start that ``options.init_lora_weights`` names.
