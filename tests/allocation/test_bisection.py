@@ -17,9 +17,8 @@ def test_a_falling_loss_is_bisected_to_the_very_threshold(total, threshold, lowe
     curve = smallest_budget(
         lambda budget: 1.0 if budget >= threshold else 2.0,
         lowest=lowest,
-        total=total,
-        reference=1.0,
-        tolerance=0.01,
+        accepted=total,
+        limit=1.01,
         precision=0.0,
     )
     assert curve.budget == max(threshold, lowest)
@@ -33,22 +32,21 @@ def test_what_is_chosen_was_measured_and_accepted_whatever_the_losses(losses, fi
     curve = smallest_budget(
         lambda budget: losses[budget - 1],
         lowest=1,
-        total=30,
-        reference=1.0,
-        tolerance=0.1,
+        accepted=30,
+        limit=1.1,
         first=first,
     )
-    assert curve.budget == 30 or dict(curve.tried)[curve.budget] <= curve.limit
+    assert curve.budget == 30 or dict(curve.tried)[curve.budget] <= 1.1
 
 
-@pytest.mark.parametrize("tolerance", [0.01, 0.1, 1.0])
-def test_a_larger_tolerance_never_needs_a_larger_budget(tolerance):
+@pytest.mark.parametrize("rise", [0.01, 0.1, 1.0])
+def test_a_higher_limit_never_needs_a_larger_budget(rise):
     def budget(limit):
         return smallest_budget(
-            lambda b: 1 + 5 / b, lowest=1, total=512, reference=1.0, tolerance=limit, precision=0.0
+            lambda b: 1 + 5 / b, lowest=1, accepted=512, limit=limit, precision=0.0
         ).budget
 
-    assert budget(2 * tolerance) <= budget(tolerance)
+    assert budget(1 + 2 * rise) <= budget(1 + rise)
 
 
 @given(
@@ -59,9 +57,8 @@ def test_the_answer_is_known_within_the_precision(total, threshold, precision):
     curve = smallest_budget(
         lambda budget: 1.0 if budget >= threshold else 2.0,
         lowest=1,
-        total=total,
-        reference=1.0,
-        tolerance=0.01,
+        accepted=total,
+        limit=1.01,
         precision=precision,
     )
     assert threshold <= curve.budget <= max(threshold * (1 + precision), threshold + 1)
@@ -71,9 +68,8 @@ def test_budgets_to_try_first_are_tried_until_one_is_refused():
     curve = smallest_budget(
         lambda budget: 1.0 if budget >= 40 else 2.0,
         lowest=1,
-        total=128,
-        reference=1.0,
-        tolerance=0.01,
+        accepted=128,
+        limit=1.01,
         first=(64, 32, 16),
     )
     assert [budget for budget, _ in curve.tried] == [64, 32, 45, 38, 41, 39, 40]

@@ -57,13 +57,15 @@ def test_at_the_freeze_the_held_out_loss_is_within_the_tolerance(tolerance):
     found = allocator.history[-1]["auto"]
     loss = held_out_loss(model)()
     assert loss <= found["limit"] * (1 + 1e-5)
-    assert found["limit"] == pytest.approx(found["reference"] * (1 + tolerance))
+    gain = found["without"] - found["reference"]
+    assert found["limit"] == pytest.approx(found["reference"] + tolerance * gain)
+    assert found["reference"] <= found["whole"] < found["without"]
     assert allocator.cost <= allocator.target_cost == found["budget"] < allocator.total_cost
 
 
 def test_more_tolerance_leaves_a_smaller_adapter():
     sizes = []
-    for tolerance in (0.01, 0.1, 1.0):
+    for tolerance in (0.01, 0.1, 0.9):
         model, built, allocator, _ = run(tolerance)
         train(model, built, 60)
         allocator.finalize_()
@@ -86,8 +88,39 @@ def test_where_nothing_smaller_is_accepted_the_search_changes_no_bit():
     assert all(torch.equal(p, ours[name]) for name, p in plain.named_parameters())
 
 
+def live_share(allocator):
+    return sum(allocator.ranks().values()) / (8 * len(allocator.modules))
+
+
+def losses_by_size(of_share):
+    """A run whose held-out loss depends on the share of components that are live, and nothing else."""
+    model = adapted(widths=WIDTHS, r=8)
+    built = adamw(model)
+    allocator = RankAllocator(
+        model, built, total_steps=60, target_r="auto", tolerance=0.1, budget="components",
+        evaluate=lambda: of_share(live_share(allocator)),
+    )  # fmt: skip
+    train(model, built, allocator.stop)
+    return allocator
+
+
+def test_where_the_whole_overfits_the_best_size_is_what_smaller_ones_are_compared_with():
+    # without the adapter 3, with half of it 1, with all 2: relative to the whole, an eighth would do
+    allocator = losses_by_size(lambda share: 3 - 4 * share if share <= 0.5 else 2 * share)
+    found = allocator.history[-1]["auto"]
+    assert (found["without"], found["whole"], found["reference"]) == (3, 2, 1)
+    assert found["limit"] == pytest.approx(1.2)
+    assert 0.45 <= live_share(allocator) <= 0.5
+
+
+def test_where_training_gains_nothing_on_held_out_rows_a_warning_says_so_and_the_best_size_stays():
+    with pytest.warns(UserWarning, match="gained nothing on the held-out rows"):
+        allocator = losses_by_size(lambda share: 1 + abs(share - 0.25) if share else 0.5)
+    assert live_share(allocator) == 0.25
+
+
 def test_every_module_keeps_its_floor():
-    model, built, allocator, _ = run(100.0, min_r=1)
+    model, built, allocator, _ = run(0.9999, min_r=1)
     train(model, built, allocator.stop)
     assert set(allocator.ranks().values()) == {1}
 
@@ -121,7 +154,7 @@ def test_no_size_is_evaluated_twice_in_an_order(tolerance):
     found = allocator.history[-1]["auto"]
     sizes = {cost for _, cost, _ in found["by_rank"]} | {size for size, _ in found["tried"]}
     assert found["order"] == "energy"  # so two orders were searched, each with some seven sizes
-    assert len(calls) <= 1 + 2 * len(sizes) + 1
+    assert len(calls) <= 2 + 2 * len(sizes) + 1
 
 
 def test_a_missing_evaluate_is_refused_with_the_way_out():

@@ -1,4 +1,4 @@
-"""The smallest budget whose loss is close enough to that of the whole adapter."""
+"""The smallest budget whose loss is within a limit."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,14 +9,10 @@ class BudgetCurve:
     """What was tried on the way to a budget.
 
     Attributes:
-        reference: loss with all components.
-        limit: the highest loss that was accepted.
         tried: (budget, loss), in the order of the tries.
-        budget: the smallest budget tried whose loss is accepted; the whole one if none else is.
+        budget: the smallest budget tried whose loss is accepted; the one to start from if none else is.
     """
 
-    reference: float
-    limit: float
     tried: tuple[tuple[int, float], ...]
     budget: int
 
@@ -25,29 +21,27 @@ def smallest_budget(
     loss_at: Callable[[int], float],
     *,
     lowest: int,
-    total: int,
-    reference: float,
-    tolerance: float,
+    accepted: int,
+    limit: float,
     first: Iterable[int] = (),
     precision: float = 0.05,
 ) -> BudgetCurve:
-    """Bisect between ``lowest`` and ``total`` for the smallest budget within the tolerance.
+    """Bisect between ``lowest`` and ``accepted`` for the smallest budget whose loss is at most ``limit``.
 
-    A budget is accepted if loss_at(budget) ≤ reference · (1 + tolerance), where the reference is the loss
-    at ``total``. The falling budgets ``first`` are tried until one is refused; then steps are taken on a
-    logarithmic scale, since what is asked is "half? a quarter? an eighth?", until the answer is known
-    within the share ``precision``. The loss is taken to fall with the budget; where it does not, the result
-    is still a budget whose own loss was measured and accepted.
+    ``accepted`` is a budget that is known to be within the limit. The falling budgets ``first`` are tried
+    until one is refused; then steps are taken on a logarithmic scale, since what is asked is "half? a
+    quarter? an eighth?", until the answer is known within the share ``precision``. The loss is taken to
+    fall with the budget; where it does not, the result is still a budget whose own loss was measured and
+    accepted.
 
     Examples:
         >>> curve = smallest_budget(
-        ...     lambda b: 1 + 1 / b, lowest=1, total=128, reference=1.0, tolerance=0.05, first=(64, 32, 16)
+        ...     lambda b: 1 + 1 / b, lowest=1, accepted=128, limit=1.05, first=(64, 32, 16)
         ... )
         >>> curve.budget, [budget for budget, _ in curve.tried]
         (20, [64, 32, 16, 23, 19, 21, 20])
     """
-    limit = reference * (1 + tolerance)
-    low, high = max(1, lowest) - 1, total  # low is refused or untried, high is accepted
+    low, high = max(1, lowest) - 1, accepted  # low is refused or untried
     tried: list[tuple[int, float]] = []
 
     def is_accepted(budget: int) -> bool:
@@ -67,4 +61,4 @@ def smallest_budget(
             high = middle
         else:
             low = middle
-    return BudgetCurve(reference, limit, tuple(tried), high)
+    return BudgetCurve(tuple(tried), high)

@@ -30,7 +30,8 @@ class Settings:
         target_r: mean rank per adapted module at the end, a number above 0; 2.5 and 0.5 are fine. With
             ``budget="parameters"`` the adapter ends no larger than a LoRA of that rank. ``auto``: nothing
             is pruned until the freeze, and then as much as the held-out loss allows.
-        tolerance: with ``auto``, the relative rise of the held-out loss that is accepted, above 0.
+        tolerance: with ``auto``, the share of the adapter's gain on held-out rows that may be lost, in
+            (0, 1): of the difference between the lowest loss met and the loss without the adapter.
         min_r: components that every module keeps, whatever their scores; an integer of at least 0.
         prune_start: share of the optimizer steps before the first pruning, in [0, 1).
         prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1]; 0.5 if not
@@ -86,9 +87,9 @@ class Settings:
 
     def _rules(self) -> Iterator[tuple[bool, str]]:
         yield (
-            is_number(self.tolerance) and self.tolerance > 0,
-            f"tolerance={self.tolerance!r} must be a number above 0: the relative rise of the held-out "
-            "loss that target_r='auto' accepts, such as 0.02.",
+            is_number(self.tolerance) and 0 < self.tolerance < 1,
+            f"tolerance={self.tolerance!r} must be a number between 0 and 1: the share of the adapter's "
+            "gain on held-out rows that target_r='auto' may give up, such as 0.02.",
         )
         yield (
             self.is_auto or (is_number(self.target_r) and float(self.target_r) > 0),

@@ -1,9 +1,10 @@
-"""``target_r="auto"``: the smallest adapter whose held-out loss is close to that of the whole one."""
+"""``target_r="auto"``: the smallest adapter that keeps nearly all that training gained on held-out rows."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from typing import Any
 
@@ -24,18 +25,37 @@ Evaluate = Callable[[], float]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What is accepted: reference + tolerance · (without − reference), all of them held-out losses.
+
+    Attributes:
+        without: with no component: of the base, with what is trained beside the adapter.
+        whole: with all components.
+        reference: the lowest of the whole adapter and of the ranks tried, in any order.
+        limit: the highest that is accepted.
+    """
+
+    without: float
+    whole: float
+    reference: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was found.
 
     Attributes:
         order: what components were ranked by: ``sensitivity`` as trained, or ``energy`` after a rotation.
         curve: budgets tried in this order, and the loss of each.
+        limits: what was accepted, and why.
         by_rank: loss at the size of a LoRA of rank 1, 2, 4, … in this order, as (rank, cost, loss).
         scores: of all components in this order, (components,).
     """
 
     order: str
     curve: BudgetCurve
+    limits: Limits
     by_rank: tuple[tuple[int, int, float], ...]
     scores: Tensor
 
@@ -43,23 +63,42 @@ class Choice:
         """For the history; plain numbers."""
         return {
             "order": self.order,
-            "reference": self.curve.reference,
-            "limit": self.curve.limit,
+            **asdict(self.limits),
             "tried": [list(point) for point in self.curve.tried],
             "by_rank": [list(point) for point in self.by_rank],
             "budget": self.curve.budget,
         }
 
 
+class _Order:
+    """Components in one order, and the loss of each budget that was tried in it."""
+
+    def __init__(self, name: str, scores: Tensor, total: int, whole: float) -> None:
+        self.name, self.scores, self.seen = name, scores, {total: whole}
+
+    @property
+    def lowest(self) -> float:
+        """The lowest loss of all budgets tried."""
+        return min(self.seen.values())
+
+    @property
+    def best(self) -> int:
+        """The largest budget of that loss."""
+        return max(budget for budget, loss in self.seen.items() if loss == self.lowest)
+
+
 class BudgetSearch:
     """Puts all components of a model into one order and bisects it against the held-out loss.
 
     Two orders are tried: sensitivity in the basis that was trained, and the energy (squared norm) of
-    components that are first made orthogonal to each other. The second is searched only where it is
-    accepted at the size that the first needs, and wins if it needs less.
+    components that are first made orthogonal to each other. Both are measured at the sizes of LoRAs of rank
+    1, 2, 4, …; the lowest loss of these and of the whole adapter, which may overfit, is what a smaller one
+    is compared with. From there each order is walked down to the smallest size within the tolerance, the
+    second only where it is accepted at the size that the first needs; it wins if it needs less.
 
     ``costs`` are those of one component of each module, ``floors`` the components that each keeps;
-    ``tolerance`` is the relative rise of the loss that is accepted. No module is dropped.
+    ``tolerance`` is the share of the adapter's gain that may be lost: of the difference between the lowest
+    loss and that without any component. No module is dropped.
     """
 
     def __init__(
@@ -83,59 +122,71 @@ class BudgetSearch:
     @torch.no_grad()
     def search(self) -> Choice:
         """Find the smallest budget; the model is unchanged afterwards."""
-        reference = self._evaluate()
-        if not math.isfinite(reference):
+        whole = self._evaluate()
+        if not math.isfinite(whole):
             raise NotFiniteError(
-                f"the held-out loss is {reference} with all components, so no smaller adapter can be "
+                f"the held-out loss is {whole} with all components, so no smaller adapter can be "
                 "compared with it. Look at the held-out data, and go on from the last checkpoint."
             )
-        if reference <= 0:
+        if whole <= 0:
             raise ValueError(
-                f"evaluate returned {reference}: target_r='auto' compares losses, positive and smaller for "
+                f"evaluate returned {whole}: target_r='auto' compares losses, positive and smaller for "
                 "a better model. Return a loss, or set target_r to a number."
             )
-        sensitivity = _joined([m.ema for m in self.modules])
-        found = self._in_order("sensitivity", sensitivity, reference)
+        trained = _Order("sensitivity", _joined([m.ema for m in self.modules]), self.total, whole)
+        self._measure_ranks(trained)
         if any(m.is_gated for m in self.modules):
-            return found
-        with self._restored():
-            for module in self.modules:
-                rotate_(module)
+            return self._smallest(trained, self._limits(whole, trained))
+        with self._rotated():
             energy = _joined(norms(self.modules, "norm")).square()
-            loss = self._loss_at(found.curve.budget, energy)
-            if loss > found.curve.limit:
+            rotated = _Order("energy", energy, self.total, whole)
+            self._measure_ranks(rotated)
+        limits = self._limits(whole, trained, rotated)
+        found = self._smallest(trained, limits)
+        with self._rotated():
+            if self._loss_at(found.curve.budget, rotated) > limits.limit:
                 return found
-            other = self._in_order("energy", energy, reference, {found.curve.budget: loss})
+            other = self._smallest(rotated, limits)
         return min(found, other, key=lambda choice: choice.curve.budget)
 
-    def _in_order(
-        self, order: str, scores: Tensor, reference: float, known: Mapping[int, float] | None = None
-    ) -> Choice:
-        seen = {self.total: reference, **(known or {})}
+    def _limits(self, whole: float, *orders: _Order) -> Limits:
+        """The highest loss that is accepted, and what it is computed from."""
+        without = self._loss(torch.zeros(len(self.prices), dtype=torch.bool))
+        reference = min(order.lowest for order in orders)
+        if not reference < without < math.inf:
+            warnings.warn(
+                f"target_r='auto': the held-out loss is {without:.4g} without the adapter and "
+                f"{reference:.4g} at the best size tried, so training has gained nothing on the held-out "
+                "rows, and nothing of it can be given up. Look at these rows and at the learning rate.",
+                stacklevel=2,
+            )
+            return Limits(without, whole, reference, limit=reference)
+        return Limits(without, whole, reference, reference + self.tolerance * (without - reference))
 
-        def loss_at(budget: int) -> float:
-            if budget not in seen:
-                seen[budget] = self._loss_at(budget, scores)
-            return seen[budget]
+    def _measure_ranks(self, order: _Order) -> None:
+        for _, cost in self.by_rank:
+            self._loss_at(cost, order)
 
+    def _smallest(self, order: _Order, limits: Limits) -> Choice:
+        """Walk down from the largest of the best sizes, or stay whole if none of this order is accepted."""
         curve = smallest_budget(
-            loss_at,
+            lambda budget: self._loss_at(budget, order),
             lowest=self.lowest,
-            total=self.total,
-            reference=reference,
-            tolerance=self.tolerance,
+            accepted=order.best if order.lowest <= limits.limit else self.total,
+            limit=limits.limit,
             first=[cost for _, cost in reversed(self.by_rank)],
         )
-        by_rank = tuple((r, cost, loss_at(cost)) for r, cost in self.by_rank)
-        return Choice(order, curve, by_rank, scores)
+        by_rank = tuple((r, cost, order.seen[cost]) for r, cost in self.by_rank)
+        return Choice(order.name, curve, limits, by_rank, order.scores)
 
-    def _loss_at(self, budget: int, scores: Tensor) -> float:
-        """The held-out loss with what fits into the budget, in the order of ``scores``."""
-        return self._loss(
-            allocation.select_components(
-                scores, self.prices, budget, floors=self.floors, sizes=self.sizes
+    def _loss_at(self, budget: int, order: _Order) -> float:
+        """The held-out loss with what fits into the budget; each is measured once."""
+        if budget not in order.seen:
+            keep = allocation.select_components(
+                order.scores, self.prices, budget, floors=self.floors, sizes=self.sizes
             )
-        )
+            order.seen[budget] = self._loss(keep)
+        return order.seen[budget]
 
     def _evaluate(self) -> float:
         """The held-out loss of the model as it is, the same on every process."""
@@ -152,6 +203,14 @@ class BudgetSearch:
         for module, live in zip(self.modules, held, strict=True):
             module.live.copy_(live)
         return loss if math.isfinite(loss) else math.inf
+
+    @contextmanager
+    def _rotated(self) -> Iterator[None]:
+        """Components orthogonal to each other, for a while."""
+        with self._restored():
+            for module in self.modules:
+                rotate_(module)
+            yield
 
     @contextmanager
     def _restored(self) -> Iterator[None]:

@@ -40,8 +40,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     ``live_logs.live_fields``) and, line by line, in ``history.jsonl`` in ``output_dir``.
 
     Args:
-        target_r: mean rank per adapted module at the end, or ``auto`` for the smallest adapter whose
-            held-out loss stays within ``tolerance`` of the whole one's; left out only where the adapter's
+        target_r: mean rank per adapted module at the end, or ``auto`` for the smallest adapter that keeps
+            its gain on held-out rows but for ``tolerance`` of it; left out only where the adapter's
             config is a DynLoraConfig, which holds the settings itself.
         evaluate: with ``auto``, a function that returns the held-out loss; by default that of the
             Trainer's ``eval_dataset``.

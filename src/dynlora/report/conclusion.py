@@ -81,7 +81,7 @@ def summary_row(run: Run) -> dict[str, str]:
 def which_rank(found: Mapping[str, Any]) -> str:
     """What the search of ``target_r="auto"`` says of fixed ranks, in a sentence.
 
-    >>> which_rank({"reference": 2.0, "by_rank": [[1, 10, 2.2], [4, 40, 2.006]]})
+    >>> which_rank({"whole": 2.0, "by_rank": [[1, 10, 2.2], [4, 40, 2.006]]})
     'At the size of rank 1 the loss would have changed by +10 %, at that of rank 4 by +0.3 %.'
     """
     rises = [(row["rank"], row["rise"]) for row in rank_rows(found)]
@@ -92,6 +92,11 @@ def which_rank(found: Mapping[str, Any]) -> str:
     return f"At the size of rank {rank} the loss would have changed by {rise}{more}."
 
 
+def whole_loss(found: Mapping[str, Any]) -> float:
+    """The held-out loss of the whole adapter; the first version compared with nothing else."""
+    return float(found["whole"] if "whole" in found else found["reference"])
+
+
 def rank_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row a rank of ``target_r="auto"``'s record: size, held-out loss, and its rise."""
     return [
@@ -99,7 +104,7 @@ def rank_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
             "rank": f"{rank}",
             "cost": f"{cost:,}",
             "loss": f"{loss:.4g}",
-            "rise": _percent(loss / found["reference"] - 1),
+            "rise": _percent(loss / whole_loss(found) - 1),
         }
         for rank, cost, loss in found["by_rank"]
     ]
