@@ -61,7 +61,7 @@ class Settings:
     """
 
     target_r: float | Literal["auto"]
-    tolerance: float = 0.02
+    tolerance: float = 0.01
     min_r: int = 0
     prune_start: float = 0.15
     prune_end: float = None  # type: ignore[assignment]  # filled in __post_init__
@@ -89,7 +89,7 @@ class Settings:
         yield (
             is_number(self.tolerance) and 0 < self.tolerance < 1,
             f"tolerance={self.tolerance!r} must be a number between 0 and 1: the share of the adapter's "
-            "gain on held-out rows that target_r='auto' may give up, such as 0.02.",
+            "gain on held-out rows that target_r='auto' may give up, such as 0.01.",
         )
         yield (
             self.is_auto or (is_number(self.target_r) and float(self.target_r) > 0),
