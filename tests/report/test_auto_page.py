@@ -12,8 +12,8 @@ from dynlora.report.page import write_page
 from dynlora.report.run import read_run, read_runs
 
 FOUND = {
-    "order": "energy", "reference": 2.0, "limit": 2.04, "budget": 30,
-    "tried": [[25, 2.3], [30, 2.03]], "by_rank": [[1, 20, 3.0], [2, 40, 2.006]],
+    "order": "energy", "without": 6.0, "whole": 2.1, "reference": 2.0, "limit": 2.04, "budget": 30,
+    "tried": [[25, 2.3], [30, 2.03]], "by_rank": [[1, 20, 3.0], [2, 40, 2.012]],
 }  # fmt: skip
 
 
@@ -38,18 +38,26 @@ def folder(tmp_path):
 
 def test_the_sentence_on_top_says_what_fixed_ranks_would_have_cost(folder):
     text = conclusion(read_run(folder))
-    assert "At the size of rank 1 the loss would have changed by +50 %" in text
-    assert "at that of rank 2 by +0.3 %" in text
+    assert "The size of rank 1 would have lost 25 % of the gain, that of rank 2 0.3 %" in text
 
 
 def test_the_curve_says_which_point_was_chosen(folder):
     chart = run_charts(read_run(folder))[0]
     assert chart.title.startswith("Held-out loss against size")
-    assert "30 parameters were chosen, with a loss of 2.03 against 2 of the whole" in chart.summary
+    assert "30 parameters were chosen, with a loss of 2.03 against 2.1 of the whole" in chart.summary
     assert "accepted" in chart.svg
 
 
 def test_the_page_has_a_row_for_each_rank(folder, tmp_path):
     page = write_page(read_runs([folder]), tmp_path / "page.html", version="0").read_text("utf-8")
     assert "Which rank?" in page
-    assert "+50 %" in page
+    assert "25 %" in page
+
+
+def test_a_record_of_the_first_version_which_knew_of_no_gain_is_passed_over(folder):
+    known = ("order", "reference", "limit", "budget", "tried", "by_rank")
+    path = folder / "history.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines[1]["auto"] = {name: FOUND[name] for name in known}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert "rank 1" not in conclusion(read_run(folder))

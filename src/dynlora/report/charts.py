@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from dynlora.files import whole_file
-from dynlora.report.conclusion import metric_label, which_rank, whole_loss
+from dynlora.report.conclusion import metric_label, which_rank
 from dynlora.report.rank_map import rank_matrix
 from dynlora.report.run import Points, Run, evenly
 
@@ -114,7 +114,7 @@ def size_chart(run: Run, found: dict[str, Any]) -> Chart:
     """Held-out loss against size, as ``target_r="auto"`` found it."""
     figure, axes = _axes(y="held-out loss", x=run.unit)
     pairs = [*found["tried"], *(row[1:] for row in found["by_rank"])]
-    losses = {run.cost(run.states[0][1]): whole_loss(found)}
+    losses = {run.cost(run.states[0][1]): found["whole"]}
     losses |= {cost: loss for cost, loss in pairs if math.isfinite(loss)}
     axes.plot(*zip(*sorted(losses.items()), strict=True), marker="o", markersize=4, label="loss")
     axes.axhline(found["limit"], color="C1", linestyle="--", label="accepted")
@@ -123,7 +123,7 @@ def size_chart(run: Run, found: dict[str, Any]) -> Chart:
     return _chart(
         "Held-out loss against size, and the size that was chosen",
         f"{found['budget']:,} {run.unit} were chosen, with a loss of {chosen:.4g} against "
-        f"{whole_loss(found):.4g} of the whole adapter. {which_rank(found)}",
+        f"{found['whole']:.4g} of the whole adapter. {which_rank(found)}",
         figure,
     )
 

@@ -81,30 +81,31 @@ def summary_row(run: Run) -> dict[str, str]:
 def which_rank(found: Mapping[str, Any]) -> str:
     """What the search of ``target_r="auto"`` says of fixed ranks, in a sentence.
 
-    >>> which_rank({"whole": 2.0, "by_rank": [[1, 10, 2.2], [4, 40, 2.006]]})
-    'At the size of rank 1 the loss would have changed by +10 %, at that of rank 4 by +0.3 %.'
+    >>> which_rank({"without": 3.0, "reference": 2.0, "by_rank": [[1, 10, 2.2], [4, 40, 2.003]]})
+    'The size of rank 1 would have lost 20 % of the gain, that of rank 4 0.3 %.'
     """
-    rises = [(row["rank"], row["rise"]) for row in rank_rows(found)]
-    if not rises:
+    lost = [(row["rank"], row["lost"]) for row in rank_rows(found)]
+    if not lost:
         return ""
-    (rank, rise), *rest = rises
-    more = "".join(f", at that of rank {r} by {x}" for r, x in rest)
-    return f"At the size of rank {rank} the loss would have changed by {rise}{more}."
-
-
-def whole_loss(found: Mapping[str, Any]) -> float:
-    """The held-out loss of the whole adapter; the first version compared with nothing else."""
-    return float(found["whole"] if "whole" in found else found["reference"])
+    (rank, share), *rest = lost
+    more = "".join(f", that of rank {r} {x}" for r, x in rest)
+    return f"The size of rank {rank} would have lost {share} of the gain{more}."
 
 
 def rank_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row a rank of ``target_r="auto"``'s record: size, held-out loss, and its rise."""
+    """One row a rank of ``target_r="auto"``'s record: size, held-out loss, and the share of the gain lost.
+
+    There are none where nothing was gained on held-out rows.
+    """
+    gain = found["without"] - found["reference"]
+    if not 0 < gain < math.inf:
+        return []
     return [
         {
             "rank": f"{rank}",
             "cost": f"{cost:,}",
             "loss": f"{loss:.4g}",
-            "rise": _percent(loss / whole_loss(found) - 1),
+            "lost": _percent((loss - found["reference"]) / gain),
         }
         for rank, cost, loss in found["by_rank"]
     ]
@@ -112,8 +113,8 @@ def rank_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _percent(share: float) -> str:
     if not math.isfinite(share):
-        return "NaN"
-    return f"{100 * share:+.0f} %" if abs(share) >= 0.095 else f"{100 * share:+.1g} %"
+        return "all"
+    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1g} %"
 
 
 def metric_label(name: str) -> str:

@@ -85,7 +85,8 @@ class Run:
     @property
     def auto(self) -> dict[str, Any] | None:
         """What ``target_r="auto"`` tried and chose; None if the budget was given."""
-        return next((e["auto"] for e in reversed(self.of("prune")) if e.get("auto")), None)
+        found = (e["auto"] for e in reversed(self.of("prune")) if "without" in e.get("auto", ()))
+        return next(found, None)  # records of the first version know of no gain
 
     @property
     def method(self) -> str:
