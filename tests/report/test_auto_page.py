@@ -44,7 +44,9 @@ def test_the_sentence_on_top_says_what_fixed_ranks_would_have_cost(folder):
 def test_the_curve_says_which_point_was_chosen(folder):
     chart = run_charts(read_run(folder))[0]
     assert chart.title.startswith("Held-out loss against size")
-    assert "30 parameters were chosen, with a loss of 2.03 against 2.1 of the whole" in chart.summary
+    assert (
+        "30 parameters were chosen, with a loss of 2.03 against 2.1 of the whole" in chart.summary
+    )
     assert "accepted" in chart.svg
 
 
