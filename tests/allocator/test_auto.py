@@ -119,6 +119,11 @@ def test_where_training_gains_nothing_on_held_out_rows_a_warning_says_so_and_the
     assert live_share(allocator) == 0.25
 
 
+def test_less_than_a_lora_of_rank_1_is_never_left():
+    allocator = losses_by_size(lambda share: 1.0 if share else 3.0)
+    assert live_share(allocator) == 1 / 8
+
+
 def test_every_module_keeps_its_floor():
     model, built, allocator, _ = run(0.9999, min_r=1)
     train(model, built, allocator.stop)
