@@ -83,9 +83,10 @@ bench: .venv/dev.stamp
 	for question in step_cost step_cost_4bit allocator_cost whole_run render; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/$$question.py || exit 1; done
 
+# every run keeps a folder of its own: cases that it left out stay as an earlier run measured them
+gpu: GPU_RUN = benchmarks/results/gpu/$(shell date -u +%F)-$(shell git rev-parse --short=7 HEAD)
 gpu: .venv/dev.stamp
-	rm -rf .gpu-check && mkdir .gpu-check
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --seconds 520 --out .gpu-check
-	cp .gpu-check/*.json benchmarks/results/gpu/ && $(BIN)/python benchmarks/render.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py --seconds 520 --out $(GPU_RUN)
+	$(BIN)/python benchmarks/render.py
 
 ci: check test test-lab demo

@@ -47,11 +47,14 @@ def layer_sizes(shape: Shape) -> Sizes:
     ]
 
 
-def allocator_of(sizes: Sizes, rank: int, device: str, preset: Preset = None) -> RankAllocator:
-    """An allocator over modules of these sizes, all with gradients."""
+def allocator_of(
+    sizes: Sizes, rank: int, device: str, preset: Preset = None, dtype: torch.dtype = torch.float32
+) -> RankAllocator:
+    """An allocator over modules of these sizes, all with gradients, adapters in ``dtype``."""
     bases = [nn.utils.skip_init(nn.Linear, i, o, bias=False, device=device) for i, o in sizes]
     names = [str(i) for i in range(len(sizes))]
-    model = get_peft_model(nn.Sequential(*bases), LoraConfig(r=rank, target_modules=names))
+    config = LoraConfig(r=rank, target_modules=names)
+    model = get_peft_model(nn.Sequential(*bases), config).to(dtype)
     allocator = RankAllocator(
         model, adamw(model), target_r=rank / 2, total_steps=FOREVER, preset=preset
     )
@@ -84,13 +87,15 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def count_launches(sizes: Sizes, rank: int, preset: Preset) -> int:
+def count_launches(
+    sizes: Sizes, rank: int, preset: Preset, dtype: torch.dtype = torch.float32
+) -> int:
     """Operations of one allocator step, views not counted, as an accelerator would run them.
 
     They are counted on tensors without data, which take every branch an accelerator takes, and where
     waiting for a number raises.
     """
-    allocator = allocator_of(sizes, rank, "meta", preset)
+    allocator = allocator_of(sizes, rank, "meta", preset, dtype)
     with Launches() as launches:
         allocator_step(allocator)
     return launches.count

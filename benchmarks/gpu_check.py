@@ -1,6 +1,6 @@
 """Does what holds on a CPU hold on a GPU? One prepared run, for whenever a GPU is at hand.
 
-    python benchmarks/gpu_check.py --seconds 520 --out benchmarks/results/gpu
+    python benchmarks/gpu_check.py --seconds 520 --out benchmarks/results/gpu/DATE-COMMIT
     python benchmarks/gpu_check.py --rehearse --out FOLDER     (tiny shapes on the CPU, a minute)
 
 It needs torch, transformers, peft, accelerate and, if dynlora is not installed, PYTHONPATH=src. Cases run

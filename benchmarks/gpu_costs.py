@@ -68,7 +68,9 @@ class Costs:
         self.attempt = attempt
         self.rounds = rounds
         self.steps = steps
-        self.backend = "inductor" if device == "cuda" else "aot_eager"  # a rehearsal must be quick
+        # tracing a model takes a CPU half a minute, so a rehearsal traces two, and generates no code
+        self.backend = "inductor" if device == "cuda" else "eager"
+        self.compiled_arms = COMPILED if device == "cuda" else (LORA_TARGET, AFTER_FUSED)
 
     def step_cost(self, case: GpuCase) -> dict[str, Any]:
         """All arms: time of a step, ratio to LoRA's, bytes that stay and bytes of one step above them."""
@@ -93,7 +95,7 @@ class Costs:
         torch._dynamo.reset()
         # all arms share the code of their models, and each of them is one compilation of it
         with torch._dynamo.config.patch(recompile_limit=64):
-            return self._compare({name: lambda n=name: make(n) for name in COMPILED})
+            return self._compare({name: lambda n=name: make(n) for name in self.compiled_arms})
 
     def quantised(self, case: GpuCase) -> dict[str, Any]:
         """LoRA on a 4-bit base by bitsandbytes, with PEFT's forward pass and with the fused update."""

@@ -84,40 +84,41 @@ def plan(costs: Costs, *, rehearse: bool) -> list[Planned]:
 
     return [
         *_promises(costs.device),
-        compiled(75, sized("1b", layers=1, autocast=True)),
-        quantised(40, sized("1b")),
-        steps(35, sized("1b", dropout=0.1, autocast=True)),
-        steps(24, sized("roberta", 8, dropout=0.1, autocast=True)),
-        steps(35, sized("1b")),
-        share(16, sized("8b")),
-        steps(35, sized("1b", 64, autocast=True)),
-        *_graphs(costs.device),
-        gain(24, sized("8b"), checkpointing=False),
+        # no run has measured these yet
+        *([] if rehearse else [compiled(85, sized("1b", layers=1))]),
         steps(32, sized("8b")),
-        *([] if rehearse else [compiled(75, sized("1b", layers=1))]),
-        steps(35, sized("8b", 64, autocast=True)),
-        # these have results of an H100 already
-        steps(35, sized("1b", autocast=True)),
-        share(16, sized("1b", autocast=True)),
-        gain(18, sized("1b"), checkpointing=False),
+        gain(24, sized("8b"), checkpointing=False),
+        steps(37, sized("8b", 64, autocast=True)),
+        # these have results of an H100 already; what has changed since them comes first
+        compiled(85, sized("1b", layers=1, autocast=True)),
+        share(17, sized("8b")),
+        steps(36, sized("1b", autocast=True)),
+        quantised(11, sized("1b")),
+        steps(39, sized("1b", dropout=0.1, autocast=True)),
         steps(32, sized("8b", autocast=True)),
-        gain(24, sized("1b"), checkpointing=True),
+        steps(32, sized("1b")),
+        steps(37, sized("1b", 64, autocast=True)),
+        gain(18, sized("1b"), checkpointing=False),
+        *_graphs(costs.device),
+        share(20, sized("1b", autocast=True)),
+        steps(28, sized("roberta", 8, dropout=0.1, autocast=True)),
+        gain(25, sized("1b"), checkpointing=True),
         steps(13, sized("1b", autocast=True, **SMALL)),
-        steps(24, sized("roberta", 8, autocast=True)),
+        steps(25, sized("roberta", 8, autocast=True)),
     ]
 
 
 def _promises(device: str) -> list[Planned]:
     asked: list[tuple[str, float, Callable[[], dict[str, Any]]]] = [
-        ("NaN in a gradient", 2, lambda: promises.nan_in_a_gradient(device)),
-        ("NaN under a Trainer", 4, lambda: promises.nan_under_a_trainer(device)),
-        ("bit equality", 2, lambda: promises.bit_equality(device)),
+        ("NaN in a gradient", 3, lambda: promises.nan_in_a_gradient(device)),
+        ("NaN under a Trainer", 1, lambda: promises.nan_under_a_trainer(device)),
+        ("bit equality", 1, lambda: promises.bit_equality(device)),
         ("GradScaler", 3, lambda: promises.grad_scaler_fp16(device)),
-        ("GradScaler, fused AdamW", 3, lambda: promises.grad_scaler_fp16(device, fused=True)),
+        ("GradScaler, fused AdamW", 2, lambda: promises.grad_scaler_fp16(device, fused=True)),
         ("fused AdamW", 1, lambda: promises.other_adamw(device, fused=True)),
         ("foreach AdamW", 1, lambda: promises.other_adamw(device, foreach=True)),
-        ("split over devices", 2, lambda: promises.split_over_devices(device)),
-        ("target_r='auto'", 3, lambda: promises.budget_by_loss(device)),
+        ("split over devices", 1, lambda: promises.split_over_devices(device)),
+        ("target_r='auto'", 1, lambda: promises.budget_by_loss(device)),
     ]
     return [Planned("promises", *one) for one in asked]
 
@@ -126,8 +127,8 @@ def _graphs(device: str) -> list[Planned]:
     """Last of what is asked about promises: a capture that fails can leave the device unusable."""
     asked: list[tuple[str, float, Callable[[], dict[str, Any]]]] = [
         ("graph of a step, stock LoRA", 3, lambda: promises.graph_of_stock_lora(device)),
-        ("graph of gradients, allocator", 2, lambda: promises.graph_of_gradients(device)),
-        ("graph of a step, allocator", 3, lambda: promises.graph_with_allocator(device)),
+        ("graph of gradients, allocator", 1, lambda: promises.graph_of_gradients(device)),
+        ("graph of a step, allocator", 1, lambda: promises.graph_with_allocator(device)),
     ]
     return [Planned("promises", *one) for one in asked]
 

@@ -195,7 +195,7 @@ def rendered(text: str) -> str:
         if question == "allocator_cost":
             block += f"\n\n![Allocator time](results/growth.{device}.svg)"
         text = _replaced(text, f"{question}.{device}", block)
-    if any((RESULTS / "gpu").glob("*.json")):
+    if any((RESULTS / "gpu").glob("*/*.json")):
         text = _replaced(text, "gpu", gpu_tables(RESULTS / "gpu"))
     return text
 

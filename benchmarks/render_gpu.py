@@ -1,42 +1,98 @@
-"""The tables of one GPU check, from the JSON files of its folder."""
+"""The tables of all GPU checks, from the folders of their results, one a run."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tables import table
 
 TIMED = {
     "steps": "Steps",
-    "gain": "Modules of rank 0",
     "compiled": "Compiled steps",
     "quantised": "4-bit base",
+    "gain": "Modules of rank 0",
 }
 NOT_SHOWN = {"losses", "ranks", "seconds", "options", "found", "put_into"}
+NOT_MEASURED = {"left_out", "error"}
+
+
+class Case(NamedTuple):
+    """What one run found in one case.
+
+    Attributes:
+        section: the file that it stands in.
+        name: its key there.
+        found: its result.
+        run: what that file says of the run: date, commit, command, versions, machine.
+        folder: the run's.
+    """
+
+    section: str
+    name: str
+    found: dict[str, Any]
+    run: dict[str, Any]
+    folder: Path
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it was begun, and did not fail."""
+        return not NOT_MEASURED & self.found.keys()
+
+
+def newest(folder: Path) -> list[Case]:
+    """Every case once, as the newest run that measured it found it, else as the newest run left it.
+
+    Cases that no run measured are those of the newest run alone: older runs had other plans.
+    """
+    cases = [
+        Case(path.stem, name, found, record, path.parent)
+        for path in folder.glob("*/*.json")
+        for record in [json.loads(path.read_text(encoding="utf-8"))]
+        for name, found in record["cases"].items()
+    ]
+    cases.sort(key=lambda case: case.run["date"])  # what stands in one file keeps its order
+    chosen: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        key = case.section, case.name
+        if case.is_measured or (case.folder == cases[-1].folder and key not in chosen):
+            chosen[key] = case
+    return list(chosen.values())
 
 
 def gpu_tables(folder: Path) -> str:
-    """All sections that the folder holds, and where they come from."""
-    records = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*.json")}
+    """The newest result of every case, what no run measured, and where all of it comes from."""
+    cases = newest(folder)
+    measured = [case for case in cases if case.is_measured]
     parts = []
     for section, title in TIMED.items():
-        for name, case in records.get(section, {"cases": {}})["cases"].items():
-            if case.get("arms"):
-                parts.append(f"**{title}: {name}**\n\n{_timed(case['arms'])}")
-            parts += [f"*{title}: {name}: {arm} failed.*" for arm in case.get("failed", {})]
-    for name, case in records.get("allocator", {"cases": {}})["cases"].items():
-        if "hooks" in case:
-            parts.append(f"**The allocator: {name}**\n\n{_allocator(case)}")
-    if "promises" in records:
-        parts.append(f"**Promises**\n\n{_promises(records['promises']['cases'])}")
+        for case in (c for c in measured if c.section == section):
+            arms, failed = case.found["arms"], case.found.get("failed", {})
+            parts.append(f"{_head(title, case)}\n\n{_timed(arms)}")
+            parts += [f"*{title}: {case.name}: {arm} failed.*" for arm in failed]
     parts += [
-        f"*Not run: {section}: {name}: {case.get('left_out', 'it failed')}.*"
-        for section, record in records.items()
-        for name, case in record["cases"].items()
-        if {"left_out", "error"} & case.keys()
+        f"{_head('The allocator', case)}\n\n{_allocator(case.found)}"
+        for case in measured
+        if case.section == "allocator"
     ]
-    parts.append(_source(next(iter(records.values()))))
+    promises = [case for case in measured if case.section == "promises"]
+    if promises:
+        parts.append(f"**Promises**\n\n{_promises(promises)}")
+    parts += [
+        f"*Not run: {case.section}: {case.name}: {case.found.get('left_out', 'it failed')}.*"
+        for case in cases
+        if not case.is_measured
+    ]
+    sources = {case.folder: case.run for case in measured}
+    parts += [_source(run) for run in sorted(sources.values(), key=lambda run: run["date"])]
     return "\n\n".join(parts)
+
+
+def _commit(run: dict[str, Any]) -> str:
+    return (run["commit"] or "an unknown commit")[:10]
+
+
+def _head(title: str, case: Case) -> str:
+    return f"**{title}: {case.name}** (at {_commit(case.run)})"
 
 
 def _timed(arms: dict[str, Any]) -> str:
@@ -71,19 +127,30 @@ def _allocator(case: dict[str, Any]) -> str:
     )
 
 
-def _promises(cases: dict[str, Any]) -> str:
-    rows = [
-        (name, "; ".join(f"{k}: {v}" for k, v in case.items() if k not in NOT_SHOWN))
-        for name, case in cases.items()
-        if not {"error", "left_out"} & case.keys()
-    ]
-    return table(("question", "answer"), rows)
+def _promises(cases: list[Case]) -> str:
+    rows = [(case.name, _answer(case.found), _commit(case.run)) for case in cases]
+    return table(("question", "answer", "at"), rows)
 
 
-def _source(record: dict[str, Any]) -> str:
-    versions, machine = record["versions"], record["machine"]
+def _answer(found: dict[str, Any]) -> str:
+    """What a check of a promise found; of a message the first sentence, and equal answers together."""
+    shown = {key: value for key, value in found.items() if key not in NOT_SHOWN}
+    if "found" in found:
+        shown["budget"] = found["found"]["budget"]
+    answers: dict[str, list[str]] = {}
+    for key, value in shown.items():
+        text = value.partition(". ")[0] if isinstance(value, str) else str(value)
+        answers.setdefault(text, []).append(key)
+    return "; ".join(f"{', '.join(keys)}: {text}" for text, keys in answers.items())
+
+
+def _source(run: dict[str, Any]) -> str:
+    versions, machine = run["versions"], run["machine"]
+    command = run["command"].partition(" --until ")[
+        0
+    ]  # which a worker is given by the first process
     return (
-        f"*`{record['command']}` at {(record['commit'] or 'an unknown commit')[:10]}, {record['date']}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}; "
-        f"{machine['device']}, {machine['cores']} cores.*"
+        f"*`{command}` at {_commit(run)}, {run['date']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, peft {versions['peft']}; {machine['device']}, "
+        f"{machine['cores']} cores.*"
     )

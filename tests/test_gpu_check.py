@@ -63,7 +63,16 @@ def test_a_rehearsed_case_says_where_it_comes_from_and_times_every_arm(check, tm
         assert case["arms"][gpu_arms.BEFORE]["peer"] == gpu_arms.LORA_INITIAL
 
 
-@pytest.mark.parametrize("only", ["gain", "allocator", "promises", "quantised"])
+@pytest.mark.parametrize(
+    "only",
+    [
+        "gain",
+        "allocator",
+        "promises",
+        "quantised",
+        pytest.param("compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rehearsed_section_fails_in_no_case(check, tmp_path, only):
     found = rehearsed(check, tmp_path, f"{only}: ", "--seconds", "100000")
     cases = found[only]["cases"]
@@ -88,13 +97,28 @@ def test_every_arm_with_an_allocator_is_what_its_name_says(plan):
 
 def test_what_no_run_has_measured_yet_comes_before_what_has_results(plan):
     """Of the timed cases; the results are those beside the benchmarks."""
-    results = BENCHMARKS / "results" / "gpu"
-    known = {p.stem: json.loads(p.read_text(encoding="utf-8"))["cases"] for p in results.glob("*")}
+    import render_gpu
+
+    cases = render_gpu.newest(BENCHMARKS / "results" / "gpu")
+    known = {(case.section, case.name) for case in cases if case.is_measured}
     costs = plan.Costs("cuda", plan.Clock(0.0), plan.attempt, rounds=1, steps=1)
     timed = [c for c in plan.plan(costs, rehearse=False) if c.section != "promises"]
-    has_result = ["seconds" in known.get(c.section, {}).get(c.name, {}) for c in timed]
+    has_result = [(c.section, c.name) in known for c in timed]
     assert has_result == sorted(has_result)
     assert sum(c.seconds for c, has in zip(timed, has_result, strict=True) if not has) < 540
+
+
+def test_the_launches_beside_those_of_a_gpu_are_as_the_page_says(check):
+    import allocator_cost
+    import torch
+    from cases import LLAMA_1B, LLAMA_8B
+
+    asked = ((LLAMA_1B, 4, torch.float32), (LLAMA_8B, 3, torch.bfloat16))
+    counts = [
+        allocator_cost.count_launches(allocator_cost.layer_sizes(shape) * layers, 24, None, dtype)
+        for shape, layers, dtype in asked
+    ]
+    assert counts == [19, 25]
 
 
 def test_without_time_every_case_is_recorded_as_left_out(check, tmp_path):

@@ -371,10 +371,11 @@ def test_on_an_accelerator_a_step_that_a_scaler_skips_is_not_held_against_the_ru
     assert allocator.step == 3
 
 
-def test_modules_on_several_devices_are_watched_device_by_device(monkeypatch):
+def test_modules_of_several_devices_and_dtypes_are_watched_device_by_device(monkeypatch):
     monkeypatch.setattr("dynlora.allocator.checks.reading_is_free", lambda _modules: False)
     model = adapted()
     modules = find_components(model, "default")
+    model.get_base_model().layers[1].to(torch.bfloat16)
     model.get_base_model().layers[2].to("meta")
     for module in modules:
         for factor in module.factors:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynlora import CannotShrinkError, finalize_
 from dynlora.allocator.optimizer_state import cut_states
+from dynlora.fused import fuse_
 from dynlora.lora.components import find_components
 from small_net import TARGETS, adamw, adapted, allocated, attached, data, small_net, train
 from tiny_models import BUDGET, batch
@@ -315,12 +316,14 @@ def test_gradient_checkpointing_ends_at_the_same_weights(use_reentrant):
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_is_compiled_once_more_at_most(in_place):
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_compiled_model_is_compiled_once_more_at_most(in_place, is_fused):
+    """In one graph before the freeze, and in one after it."""
     expected = run(ELEMENTWISE["adamw"])[3]
     torch._dynamo.reset()
     counter, model = CompileCounter(), adapted(widths=WIDTHS)
+    assert not is_fused or fuse_(model) > 0
     if in_place:
         model.compile(backend=counter, fullgraph=True)
     else:

@@ -127,12 +127,13 @@ def test_reading_scaled_gradients_leaves_them_as_they_are():
     ],
     ids=str,
 )
-def test_an_accelerator_launches_few_kernels_for_all_of_roberta(settings, bound):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accelerator_launches_few_kernels_for_all_of_roberta(settings, bound, dtype):
     shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
     with torch.device("meta"):  # no data: whatever waits for the device raises
         net = nn.Sequential(*(nn.Linear(i, o) for i, o in shapes * 12))
         names = [str(i) for i in range(len(net))]
-        model = get_peft_model(net, LoraConfig(target_modules=names, r=12))
+        model = get_peft_model(net, LoraConfig(target_modules=names, r=12)).to(dtype)
     optimizer, allocator = with_gradients(model, **{"target_r": 8, **settings})
     with Watch() as watch:
         allocator._before_step(optimizer, (), {})

@@ -179,55 +179,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, lora_dro
     torch.testing.assert_close(gradients(fused, actual), gradients(fused, expected), rtol=0, atol=0)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("is_autocast", [False, True])
-def test_a_llama_compiles_without_a_graph_break_and_gives_the_same_gradients(is_autocast):
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(tiny_models.tiny_llama(), config).train()
-    fuse_(model)
-    batch = tiny_models.batch(model.get_base_model())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    bounds = {"rtol": 5e-2, "atol": 5e-2} if is_autocast else EXACT
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-        expected, actual = (run(**batch).logits for run in (model, compiled))
-    torch.testing.assert_close(actual, expected, **bounds)
-    torch.testing.assert_close(gradients(model, actual), gradients(model, expected), **bounds)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_layer_follows_changes_of_rank_and_scaling():
-    layer = first(pair()[0])
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = data()[0]
-    for scale, rank in ((1.0, 4), (0.3, 3), (2.5, 3), (0.7, 1), (0.7, 0)):
-        layer.set_scale("default", scale)
-        for module, dim in ((layer.lora_A["default"], 0), (layer.lora_B["default"], 1)):
-            module.weight = nn.Parameter(module.weight.detach().narrow(dim, 0, rank).clone())
-        actual, expected = compiled(x), layer(x)
-        torch.testing.assert_close(actual, expected, **EXACT)
-        torch.testing.assert_close(gradients(layer, actual), gradients(layer, expected), **EXACT)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_dropout_compiles_and_keeps_its_share():
-    model = adapted(lora_dropout=0.5, target_modules=["0"])
-    layer = first(model)
-    layer.base_layer.weight.data.zero_()
-    layer.base_layer.bias.data.zero_()
-    fuse_(model)
-    x = torch.ones(20000, 6)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x).mean(0), layer.eval()(x)[0], rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_is_pefts_to_the_bit_and_training_without_gradients_to_rounding(mode):
     fused, plain = pair()

@@ -155,7 +155,7 @@ class FiniteGuard:
             return
         for device in {g.device for g in gradients}:
             norms = torch._foreach_norm([g for g in gradients if g.device == device], float("inf"))
-            largest = torch.stack([n.float() for n in norms]).amax()  # NaN if one of them is
+            largest = torch.stack(norms).amax()  # NaN if one is; no cast, a launch for each
             is_bad = ~(largest < math.inf)
             if found_inf is not None:
                 is_bad &= found_inf.to(device) == 0

@@ -72,14 +72,18 @@ def _is_transformed() -> bool:
     )
 
 
-def is_training(layer: nn.Module) -> bool:
-    """Whether a call of this layer may have a backward pass.
+def is_worthwhile(layer: nn.Module) -> bool:
+    """Whether the fused function can save something in this call; else PEFT's forward runs.
 
-    Else PEFT's forward runs: there is nothing to keep, the checks take longer than a few tokens,
-    and what is generated or evaluated is PEFT's to the bit. Not by grad mode alone: a checkpoint's
-    first forward runs without gradients, and must draw its dropout as the second does.
+    Not in code that torch.compile traces: inductor fuses what it sees of PEFT's forward, and the
+    function would stand in its way.
+
+    Only where a backward pass may follow: else there is nothing to keep, the checks take longer
+    than a few tokens, and what is generated or evaluated is PEFT's to the bit. Not by grad mode
+    alone: a checkpoint's first forward runs without gradients, and must draw its dropout as the
+    second does.
     """
-    return layer.training or torch.is_grad_enabled()
+    return not torch.compiler.is_compiling() and (layer.training or torch.is_grad_enabled())
 
 
 def common_dtype(layer: Any, adapter: str, x: Tensor) -> torch.dtype | None:

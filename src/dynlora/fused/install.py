@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from dynlora.fused.conditions import common_dtype, fusable_adapter, is_training
+from dynlora.fused.conditions import common_dtype, fusable_adapter, is_worthwhile
 from dynlora.fused.linear import fused_forward
 
 
@@ -20,7 +20,7 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft is untyped
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return (..., out) for x (..., in); further arguments are PEFT's and take its forward."""
-        is_plain_call = is_training(self) and not args and not kwargs
+        is_plain_call = is_worthwhile(self) and not args and not kwargs
         adapter = fusable_adapter(self) if is_plain_call else None
         dtype = None if adapter is None else common_dtype(self, adapter, x)
         if adapter is None or dtype is None:
@@ -34,8 +34,9 @@ def fuse_(model: nn.Module, adapter: str | None = None) -> int:
     Over bitsandbytes' 4- and 8-bit layers the base keeps its product and the update is fused.
     Values and gradients stay PEFT's to rounding; with dropout another mask of the same law is
     drawn. Merged, disabled, hooked, mixed or DoRA layers keep computing as PEFT does, because the
-    conditions are asked at each call; so do all layers in evaluation mode without gradients. A
-    second call of ``fuse_`` changes nothing.
+    conditions are asked at each call; so do all layers in evaluation mode without gradients, and
+    whatever ``torch.compile`` traces, which fuses PEFT's forward itself. A second call of ``fuse_``
+    changes nothing.
 
     Args:
         model: a model with LoRA layers, changed in place.

@@ -180,7 +180,7 @@ def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     >>> kept, abs(mask.float().mean().item() - kept) < 0.02
     (0.75, True)
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 - p
     dropped = min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

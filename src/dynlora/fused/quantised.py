@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora import bnb
 from torch import Tensor
 
-from dynlora.fused.conditions import fusable_update, is_training, update_dtype
+from dynlora.fused.conditions import fusable_update, is_worthwhile, update_dtype
 from dynlora.fused.linear import fused_update
 
 
@@ -17,7 +17,7 @@ class _FusedUpdate:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return (..., out) for x (..., in); further arguments are PEFT's and take its forward."""
-        is_plain_call = is_training(self) and not args and not kwargs
+        is_plain_call = is_worthwhile(self) and not args and not kwargs
         adapter = fusable_update(self) if is_plain_call else None
         dtype = None if adapter is None else update_dtype(self, adapter, x)
         if adapter is None or dtype is None:
