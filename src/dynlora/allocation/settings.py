@@ -35,7 +35,7 @@ class Settings:
         min_r: components that every module keeps, whatever their scores; an integer of at least 0.
         prune_start: share of the optimizer steps before the first pruning, in [0, 1).
         prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1]; 0.5 if not
-            given, 0.7 with ``auto``.
+            given, 0.3 with ``auto``.
         prune_interval: optimizer steps between two prunings, at least 1.
         ema_beta: β of Eq. 8, weight of the past in the smoothed importance, in [0, 1).
         importance: what components are ranked by. ``sensitivity``: abs(⟨b, ∂L/∂b⟩), by how much the
@@ -77,7 +77,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Fill in the end of the window, and check every rule."""
         if self.prune_end is None:
-            object.__setattr__(self, "prune_end", 0.7 if self.is_auto else 0.5)
+            object.__setattr__(self, "prune_end", 0.3 if self.is_auto else 0.5)
         check_rules(self._rules())
 
     @property
