@@ -11,6 +11,7 @@ from torch import nn
 from dynlora import DynLoraConfig, NotFiniteError, RankAllocator, dem_loss, finalize_
 from dynlora.allocator.checks import FiniteGuard
 from dynlora.lora.components import find_components
+from dynlora.lora.plain import plain_lora
 from small_net import TARGETS, adamw, adapted, allocated, attached, data, small_net, train
 
 
@@ -200,6 +201,21 @@ def test_a_grouped_convolution_is_refused():
     model = get_peft_model(net, LoraConfig(target_modules=["0"], r=4))
     with pytest.raises(ValueError, match="module '0' is a convolution with groups=2.*exclude_mod"):
         allocated(model, adamw(model))
+
+
+def test_biases_that_peft_would_not_save_are_refused(monkeypatch):
+    """peft 0.20 looks for the bias of a module beside its base layer, where it is not."""
+    model = lora(bias="lora_only")
+    monkeypatch.setattr("dynlora.lora.configs.version", lambda _: "0.20.0")
+    with pytest.raises(
+        ValueError, match=r"bias='lora_only' needs peft 0.21 .*: peft 0.20.0 trains"
+    ):
+        allocated(model, adamw(model))
+    with pytest.raises(ValueError, match=r"bias='lora_only' needs peft 0.21"):
+        plain_lora(model, "default")
+    allocated(kept := lora(bias="all"), adamw(kept))
+    monkeypatch.setattr("dynlora.lora.configs.version", lambda _: "0.21.0")
+    allocated(model, adamw(model))
 
 
 # -- scores --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
 from dynlora import export_lora, finalize_
 from dynlora.adapter_files.updates import read
+from older_peft import LORA_ONLY
 from stock_runs import run, stock
 from tiny_models import VOCABULARY, adapted, layer_kinds, logits, tiny_bert, tiny_llama, train
 
@@ -112,7 +113,7 @@ def test_of_several_adapters_the_named_one_is_written(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 13 LoRA tensor")  # PEFT of its own lora_bias
-@pytest.mark.parametrize("fields", [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}])
+@pytest.mark.parametrize("fields", [LORA_ONLY, {"bias": "all"}, {"lora_bias": True}])
 def test_trained_heads_and_biases_come_along(tmp_path, fields):
     model = stock(tiny_bert, task_type="SEQ_CLS", **fields)
     run(model)

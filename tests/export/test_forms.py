@@ -12,6 +12,7 @@ import consumers
 from consumers import RefusedError
 from dynlora.adapter_files.updates import read
 from dynlora.export import export_adapter
+from older_peft import LORA_ONLY, saves_biases_of_layers
 from stock_runs import run, stock
 from test_export_lora import KINDS, tiny_mixtral
 from tiny_models import adapted, layer_kinds, logits, tiny_bert, tiny_gpt2, tiny_llama, train
@@ -191,7 +192,7 @@ def test_fused_experts_keep_their_order_in_both_forms(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor")  # PEFT of its own lora_bias
-@pytest.mark.parametrize("fields", [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}])
+@pytest.mark.parametrize("fields", [LORA_ONLY, {"bias": "all"}, {"lora_bias": True}])
 def test_trained_biases_keep_their_modules(tmp_path, fields):
     model = stock(tiny_bert, task_type="SEQ_CLS", **fields)
     run(model)
@@ -199,6 +200,7 @@ def test_trained_biases_keep_their_modules(tmp_path, fields):
     both_forms_compute(tiny_bert, tmp_path / "in", logits(model), tmp_path)
 
 
+@saves_biases_of_layers
 def test_a_bias_of_a_module_that_has_lost_its_factors_is_kept(tmp_path):
     """In a file of an older version; ragged leaves the module out and uniform wraps it again."""
     base = tiny_bert()

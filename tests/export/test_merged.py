@@ -21,6 +21,7 @@ from transformers import (
 
 from dynlora.export import export_adapter
 from dynlora.export.models import BaseModel
+from older_peft import LORA_ONLY
 from stock_runs import run, stock
 from tiny_models import (
     VOCABULARY,
@@ -99,7 +100,7 @@ def test_trained_tokens_and_heads_are_merged_over_tied_and_untied_embeddings(
     assert done.max_difference <= 1e-4 * done.max_output
 
 
-@pytest.mark.parametrize("fields", [{"bias": "lora_only"}, {"bias": "all"}, {}])
+@pytest.mark.parametrize("fields", [LORA_ONLY, {"bias": "all"}, {}])
 def test_an_adapter_with_pruned_modules_is_merged(tmp_path, fields):
     model = stock(tiny_gpt2, fan_in_fan_out=True, task_type="CAUSAL_LM", **fields)
     run(model)

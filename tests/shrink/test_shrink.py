@@ -12,6 +12,7 @@ from transformers import set_seed
 from dynlora.adapter_files.updates import read
 from dynlora.adapter_files.write import write_adapter
 from dynlora.shrink import shrink_adapter
+from older_peft import saves_biases_of_layers
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings(
@@ -295,6 +296,7 @@ def test_mean_rank_and_size_are_never_exceeded_and_the_size_is_the_files(every_l
     assert written > 0.9 * target * 1e6
 
 
+@saves_biases_of_layers
 def test_heads_biases_and_tokens_pass_untouched_and_keep_their_modules(tmp_path):
     fields = {
         "target_modules": ["query", "value"], "modules_to_save": ["classifier"],

@@ -9,7 +9,12 @@ from torch import nn
 from dynlora._private import ConvNd
 from dynlora.adapter_files.format import VARIANTS
 from dynlora.allocation import Settings, settings_from
-from dynlora.lora.configs import ragged_config, rewrites_base, swap_config_
+from dynlora.lora.configs import (
+    ragged_config,
+    refuse_unsaved_biases,
+    rewrites_base,
+    swap_config_,
+)
 from dynlora.lora.follow import AdapterStart, CheckpointFollower
 
 
@@ -50,6 +55,7 @@ class LoraAdapter:
     def check(self) -> None:
         """Refuse variants of LoRA and kinds of modules that have no components to compare."""
         refuse_variants(self.start.config, VARIANTS)
+        refuse_unsaved_biases(self.start.config)
         for module in self.start.modules:
             base = module.layer.get_base_layer()
             if isinstance(base, ConvNd) and base.groups > 1:

@@ -7,8 +7,10 @@ and modules of rank 0 are excluded.
 import copy
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import nn
@@ -25,6 +27,20 @@ def rewrites_base(config: LoraConfig) -> bool:
     load, by the ranks in the config: they must stay those of the start.
     """
     return is_rewriting(config.init_lora_weights)
+
+
+def refuse_unsaved_biases(config: LoraConfig) -> None:
+    """Refuse ``bias="lora_only"`` where PEFT trains these biases and leaves them out of what it saves.
+
+    Raises:
+        ValueError: it is asked of a PEFT before 0.21.
+    """
+    installed = version("peft")
+    if config.bias == "lora_only" and Version(installed) < Version("0.21"):
+        raise ValueError(
+            f"bias='lora_only' needs peft 0.21 or newer: peft {installed} trains the biases of the adapted "
+            "modules and does not save them. Upgrade peft, or set bias to 'all' or 'none'."
+        )
 
 
 def recorded_fields(config: LoraConfig) -> dict[str, Any]:

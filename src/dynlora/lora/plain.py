@@ -10,7 +10,7 @@ from dynlora.adapter_files.format import PREFIX
 from dynlora.adapter_files.updates import parsed
 from dynlora.adapter_files.write import plain
 from dynlora.lora.components import find_adapter, unwrapped, without_wrappers
-from dynlora.lora.configs import rewrites_base
+from dynlora.lora.configs import refuse_unsaved_biases, rewrites_base
 from dynlora.lora.sharding import full_tensor, is_zero_parameter
 
 
@@ -26,8 +26,12 @@ def plain_lora(
         model: wrapped or not; it is not changed.
         name: of the adapter.
         embeddings: PEFT's ``save_embedding_layers``.
+
+    Raises:
+        ValueError: PEFT would leave trained biases out.
     """
     _, config = find_adapter(model, name)
+    refuse_unsaved_biases(config)
     tensors = {  # copies: PEFT names one bias twice with bias="all", and files hold no aliases
         key: full_tensor(tensor).detach().cpu().contiguous().clone()
         for key, tensor in _adapter_tensors(model, name, embeddings).items()

@@ -54,7 +54,7 @@ def result_view(result: DemoResult, *, width: int) -> RenderableType:
         Text(f"Saved: {result.adapter_file}, {result.adapter_bytes:,} bytes with the head"),
         Text(
             "Re-loaded in stock PEFT, without dynlora: max |Δ logits| "
-            f"{result.reload_difference:.2g} (limit {LOGITS_TOLERANCE:.0e})"
+            f"{result.reload.difference:.2g} (limit {LOGITS_TOLERANCE:.0e})"
         ),
         Text(f"Training: {record['steps']} steps in {record['train_s']:.0f} s"),
         Text(f"Look closer: dynlora report {result.adapter_file.parent}"),
