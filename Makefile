@@ -44,17 +44,17 @@ test-slow: .venv/dev.stamp
 test-zero: .venv/zero.stamp
 	$(PYTEST) -m slow -k zero tests/allocator/test_distributed.py
 
-# The lower bounds of pyproject.toml, beside the pinned torch; torchao is made for a newer peft.
+# The lower bounds of pyproject.toml, beside the pinned torch.
 OLDEST = $(shell sed -nE 's/^ +"(transformers|peft|accelerate)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
 OLDEST_TESTS := tests/test_private_names.py tests/lora/test_layer_kinds.py tests/export/test_merged.py \
 	tests/allocator/test_compaction.py tests/allocator/test_resume.py tests/callback/test_trainer.py \
-	tests/callback/test_frameworks.py tests/gated tests/export/test_export_lora.py tests/shrink/test_shrink.py
+	tests/callback/test_frameworks.py tests/gated tests/export/test_export_lora.py tests/shrink/test_shrink.py \
+	tests/pitfalls/test_weighted_adapters.py
 
 .venv-oldest/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet \
 		"torch==$$(sed -n 's/^torch==//p' constraints.txt)" $(OLDEST) -e ".[dev]"
-	.venv-oldest/bin/python -m pip uninstall --quiet --yes torchao
 	touch $@
 
 test-oldest: .venv-oldest/stamp

@@ -6,6 +6,7 @@ from peft import PeftModel
 
 from dynlora.export import export_adapter
 from lora_runs import base, finished, logits
+from older_peft import SVD
 
 WEIGHTS = [0.7, 0.4]
 
@@ -34,7 +35,7 @@ def updates(model, adapter):
     }
 
 
-@pytest.mark.parametrize("how", ["cat", "svd"])
+@pytest.mark.parametrize("how", ["cat", SVD])
 def test_a_combination_of_ragged_adapters_is_right_in_memory(folders, how):
     model = both(folders, "ragged")
     rank = {"svd_rank": 8} if how == "svd" else {}
