@@ -410,6 +410,7 @@ def test_a_file_that_reads_back_differently_is_refused_and_leaves_nothing(every_
         ({"tolerance": 0.1}, r"tolerance needs the base and held-out texts"),
         ({"tolerance": 0.1, "model": "x"}, r"tolerance needs the base and held-out texts"),
         ({"tolerance": -0.1, "model": "x", "data": "y.csv"}, r"tolerance=-0.1 must be 0 or more"),
+        ({"tolerance": 1, "model": "x", "data": "y.csv"}, r"tolerance=1 must be .* and below 1"),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_rule(every_layer, arguments, message):

@@ -47,7 +47,7 @@ def shrink(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Rise of the loss that is accepted.", show_default="0.01"),
+        typer.Option(metavar="X", help="Share of the gain that may be lost.", show_default="0.01"),
     ] = None,
     uniform: Annotated[bool, flag("--uniform", "One rank everywhere, padded with zeros.")] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in a batch.")] = 8,
@@ -57,8 +57,9 @@ def shrink(
 
     With FOLDER alone: prints size against energy, and writes nothing. One
     rule decides what stays: --energy, --method, --mean-rank, --size-mb, or
-    --model with --data, which finds the smallest size whose held-out loss
-    rises by --tolerance at most. Prints a LoraConfig that trains what came out.
+    --model with --data, which finds the smallest size that loses --tolerance
+    of the adapter's gain in held-out loss at most. Prints a LoraConfig that
+    trains what came out.
 
     For instance: dynlora shrink out --energy 0.95 --out out-small
     dynlora shrink out --model BASE --data val.csv --out out-small
@@ -111,22 +112,22 @@ def _tables(done: "ShrinkReport") -> RenderableType:
 
 def _loss_table(done: "ShrinkReport") -> RenderableType:
     """Loss against size, for both orders, smallest within the tolerance marked."""
-    table = Table("order", "components", "MB", "of the file", "loss", "change", "", box=None)
+    table = Table("order", "components", "MB", "of the file", "loss", "gain lost", "", box=None)
     before = done.before
-    whole = before.loss or 0.0
-    table.add_row("whole", "", f"{before.num_bytes / 1e6:.3g}", "100%", f"{whole:.4f}", "", "")
+    table.add_row("whole", "", f"{before.num_bytes / 1e6:.3g}", "100%", f"{before.loss:.4f}")
     smallest = {}
     for point in done.points:
         if point.is_within:
             smallest[point.order] = point
     for point in done.points:
-        change = f"{point.loss / whole - 1:+.2%}" if whole else ""
         mark = "smallest" if smallest.get(point.order) is point else ""
         table.add_row(
             point.order, str(point.components), f"{point.num_bytes / 1e6:.3g}",
-            f"{point.num_bytes / before.num_bytes:.0%}", f"{point.loss:.4f}", change,
+            f"{point.num_bytes / before.num_bytes:.0%}", f"{point.loss:.4f}",
+            f"{point.gain_lost:z.1%}",
             mark or ("within" if point.is_within else ""),
         )  # fmt: skip
+    table.add_row("none", "0", "", "", f"{done.loss_without:.4f}", "100.0%")
     return Group(table, Text())
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from dynlora.adapter_files.plain_config import as_python
 from dynlora.lora.configs import recorded_fields
 from dynlora.shrink.choice import by_energy
-from dynlora.shrink.search import Point
+from dynlora.shrink.search import Point, gain_lost
 from dynlora.shrink.spectrum import Cut, Spectra
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -56,6 +56,8 @@ class ShrinkReport:
         same_rank_size: its size, energy and loss.
         energies: size against energy, over the whole model.
         equal_ranks: size and energy of equal ranks everywhere, by rank.
+        loss_without: on the held-out data with no component, if there is any: of the base, with what
+            was trained beside the LoRA.
         ranks: rank of each module after the cut, zeros included.
         points: sizes whose loss was measured on the way.
         config: of the new adapter, as PEFT reads it.
@@ -72,6 +74,7 @@ class ShrinkReport:
     after: Size | None = None
     same_rank: int | None = None
     same_rank_size: Size | None = None
+    loss_without: float | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
     config: LoraConfig | None = None
@@ -91,13 +94,23 @@ class ShrinkReport:
         if after is None:
             return ""
         share = after.num_bytes / before.num_bytes
-        text = f"{before.megabytes} -> {after.megabytes} ({share:.0%}), {_quality(before, after)}"
+        text = f"{before.megabytes} -> {after.megabytes} ({share:.0%}), {self._quality(after)}"
         if rival is not None:
             text += (
                 f"; rank {self.same_rank} everywhere would have been {rival.megabytes}, "
-                f"{_quality(before, rival)}"
+                f"{self._quality(rival)}"
             )
         return text + "."
+
+    def _quality(self, size: Size) -> str:
+        whole, without = self.before.loss, self.loss_without
+        if whole is None or without is None or size.loss is None:
+            return f"{size.energy:.1%} of the energy"
+        if whole < without:
+            meaning = f"{gain_lost(size.loss, whole, without):z.1%} of the gain lost"
+        else:
+            meaning = f"{without:.3f} without the adapter"
+        return f"loss {whole:.3f} -> {size.loss:.3f} ({meaning})"
 
 
 def size_of(spectra: Spectra, cut: Cut, loss: float | None = None) -> Size:
@@ -131,10 +144,3 @@ def equal_rank_table(spectra: Spectra) -> dict[int, Size]:
     largest = max(update.rank for update in spectra.adapter.updates)
     ranks = [2**i for i in range(largest.bit_length()) if 2**i < largest]
     return {rank: size_of(spectra, spectra.same_rank(rank)) for rank in ranks}
-
-
-def _quality(before: Size, after: Size) -> str:
-    if before.loss is None or after.loss is None:
-        return f"{after.energy:.1%} of the energy"
-    change = after.loss / before.loss - 1
-    return f"loss {before.loss:.3f} -> {after.loss:.3f} ({change:+.1%})"

@@ -1,4 +1,4 @@
-"""The smallest size whose held-out loss stays within a tolerance, for two orders of the triplets."""
+"""The smallest size that keeps the gain in held-out loss within a tolerance, in two orders of triplets."""
 
 from dataclasses import dataclass
 
@@ -18,18 +18,34 @@ class Point:
         components: singular triplets kept in the whole model.
         num_bytes: of the weights' file.
         loss: on the held-out data.
-        is_within: whether the loss is within the tolerance.
+        gain_lost: share of the adapter's gain in loss; below 0 where the loss is below the whole adapter's.
+        is_within: whether the share is within the tolerance.
     """
 
     order: str
     components: int
     num_bytes: int
     loss: float
+    gain_lost: float
     is_within: bool
 
 
-def search(spectra: Spectra, held_out: HeldOut, *, limit: float) -> tuple[Cut, tuple[Point, ...]]:
-    """The smallest adapter found by bisection whose loss is at most ``limit``, and all that was tried."""
+def gain_lost(loss: float, whole: float, without: float) -> float:
+    """(loss − whole) / (without − whole): the share of the adapter's gain in loss that is lost.
+
+    >>> gain_lost(1.75, whole=1.5, without=2.5), gain_lost(1.25, whole=1.5, without=2.5)
+    (0.25, -0.25)
+    """
+    return (loss - whole) / (without - whole)
+
+
+def search(
+    spectra: Spectra, held_out: HeldOut, whole: float, without: float, *, tolerance: float
+) -> tuple[Cut, tuple[Point, ...]]:
+    """The smallest adapter found by bisection that loses ``tolerance`` of the gain at most, and all tried.
+
+    ``whole`` and ``without`` are the losses with all triplets and with none, the second the higher one.
+    """
     orders = {
         "singular values": spectra.order(),
         "sensitivity": spectra.order(held_out.sensitivity()),
@@ -44,8 +60,10 @@ def search(spectra: Spectra, held_out: HeldOut, *, limit: float) -> tuple[Cut, t
             cut = spectra.first(order, middle)
             loss = held_out.loss(cut)
             kept = sum(int(mask.sum()) for mask in cut)
-            points.append(Point(name, kept, spectra.num_bytes(cut), loss, loss <= limit))
-            low, high = (low, middle) if loss <= limit else (middle, high)
+            lost = gain_lost(loss, whole, without)
+            is_within = lost <= tolerance
+            points.append(Point(name, kept, spectra.num_bytes(cut), loss, lost, is_within))
+            low, high = (low, middle) if is_within else (middle, high)
         found.append(spectra.first(order, high))
     points.sort(key=lambda p: (p.order != "singular values", -p.num_bytes, -p.components))
     return min(found, key=spectra.num_bytes), tuple(points)

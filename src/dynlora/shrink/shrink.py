@@ -65,8 +65,9 @@ def shrink_adapter(
         size_mb: keep what fits into a file of so many 10⁶ bytes.
         model: folder or hub id of the base model: to measure losses, and to verify what was written.
         data: .csv or .jsonl with held-out texts: column ``text``, for a classifier also ``label``.
-        tolerance: keep the least whose loss on ``data`` is at most (1 + tolerance) times the whole
-            adapter's. 0.01 if ``data`` is given and no other rule.
+        tolerance: share of the adapter's gain on ``data`` that may be lost, in [0, 1): keep the least
+            whose loss is at most whole + tolerance · (without − whole), the losses with the whole adapter
+            and without any component. 0.01 if ``data`` is given and no other rule.
         uniform: give every module the largest kept rank, filled up with zeros.
         batch_size: texts in a batch.
         max_length: tokens of a text; longer ones are cut.
@@ -74,7 +75,8 @@ def shrink_adapter(
     Raises:
         FileNotFoundError: there is no adapter, or no data.
         FileExistsError: ``out`` exists.
-        ValueError: the adapter is not a plain LoRA, or an argument is wrong.
+        ValueError: the adapter is not a plain LoRA, an argument is wrong, or ``tolerance`` was to be
+            met and the loss on ``data`` is no lower with the adapter than without.
         VerificationError: what was written, read back, is not what it should be; nothing stays.
     """
     start = time.perf_counter()
@@ -97,12 +99,16 @@ def shrink_adapter(
         sizes = {"batch_size": batch_size, "max_length": max_length}
         held_out = HeldOut(spectra, Path(folder), model, rows, **sizes)
     measured = held_out if rows is not None else None
-    loss = None if measured is None else measured.loss(spectra.everything)
+    losses = None
+    if measured is not None:
+        losses = measured.loss(spectra.everything), measured.loss(spectra.nothing)
+    loss, without = losses or (None, None)
     found = ShrinkReport(
         folder=Path(folder),
         before=facts.size_as_read(spectra, (Path(folder) / WEIGHTS_FILE).stat().st_size, loss),
         energies=facts.energy_table(spectra),
         equal_ranks=facts.equal_rank_table(spectra),
+        loss_without=without,
     )
     cut: Cut | None = None
     if energy is not None:
@@ -113,8 +119,14 @@ def shrink_adapter(
         cut = by_budget(spectra, "mean_rank", mean_rank)
     elif size_mb is not None:
         cut = by_budget(spectra, "size_mb", size_mb)
-    elif tolerance is not None and measured is not None and loss is not None:
-        cut, points = search(spectra, measured, limit=loss + tolerance * abs(loss))
+    elif tolerance is not None and measured is not None and losses is not None:
+        if not losses[0] < losses[1]:
+            raise ValueError(
+                f"the held-out loss is {losses[0]:.4g} with the adapter and {losses[1]:.4g} without it: "
+                f"nothing is gained on data={str(data)!r} of which tolerance={tolerance} could be a share. "
+                "Look at these texts and their labels, or cut by energy, mean_rank or size_mb."
+            )
+        cut, points = search(spectra, measured, *losses, tolerance=tolerance)
         found = dataclasses.replace(found, points=points)
     if cut is not None:
         done = _chosen(spectra, cut, measured)
@@ -138,8 +150,11 @@ def _check_rules(
         raise ValueError("method and value go together, as method='sv_fro', value=0.9.")
     if per_module and given != ["energy"]:
         raise ValueError("per_module goes with energy; name energy, as energy=0.95.")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} must be 0 or more: 0.01 is one percent.")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(
+            f"tolerance={tolerance} must be 0 or more and below 1: it is the share of the adapter's gain "
+            "in held-out loss that may be lost, as 0.01."
+        )
 
 
 def _check_out(out: Path, folder: Path, given: list[str]) -> None:

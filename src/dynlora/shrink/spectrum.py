@@ -102,6 +102,11 @@ class Spectra:
         return [torch.ones(m.count, dtype=torch.bool) for m in self.modules]
 
     @property
+    def nothing(self) -> Cut:
+        """The cut that keeps none, to measure: what was trained beside the LoRA stays."""
+        return [torch.zeros(m.count, dtype=torch.bool) for m in self.modules]
+
+    @property
     def cost(self) -> int:
         """Parameters of a LoRA of rank 1 on the same modules."""
         return sum(update.cost for update in self.adapter.updates)
