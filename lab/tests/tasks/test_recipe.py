@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from dynlora.allocation import Settings
 from dynlora_lab.methods.options import NOT_OFFERED
 from dynlora_lab.tasks.recipe import known_fields, read_recipe, recipe_from
 from dynlora_lab.tasks.typed_fields import RecipeError
@@ -141,3 +142,9 @@ def test_unfit_files_are_refused(tmp_path, text, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="is not a file; check its name"):
         read_recipe(tmp_path / "absent.yaml")
+
+
+def test_auto_cuts_where_the_library_does_unless_a_recipe_says_otherwise():
+    values = PLAIN | {"method": "dynlora-auto"}
+    assert recipe_from(values).adapter.prune_end == Settings(target_r="auto").prune_end
+    assert recipe_from(values | {"adapter": {"prune_end": 0.6}}).adapter.prune_end == 0.6

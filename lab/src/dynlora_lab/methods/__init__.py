@@ -6,6 +6,7 @@ number of steps and budget; the budget counts adapter parameters without the hea
 
 from collections.abc import Callable
 
+from dynlora.allocation import Settings
 from dynlora_lab.methods.adalora import adalora
 from dynlora_lab.methods.adapted import Adapted, Target
 from dynlora_lab.methods.bottleneck import houlsby, pfeiffer
@@ -36,4 +37,9 @@ METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
     "fim": fim,
 }
 
-__all__ = ["METHODS", "Adapted", "AdapterOptions", "Target"]
+DEFAULTS: dict[str, dict[str, float]] = {
+    "dynlora-auto": {"prune_end": Settings(target_r="auto").prune_end},
+}
+"""Fields of AdapterOptions whose defaults are a method's own, as the library's are."""
+
+__all__ = ["DEFAULTS", "METHODS", "Adapted", "AdapterOptions", "Target"]

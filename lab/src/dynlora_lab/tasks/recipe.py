@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dynlora_lab.methods import METHODS
+from dynlora_lab.methods import DEFAULTS, METHODS
 from dynlora_lab.methods.options import NOT_OFFERED, AdapterOptions
 from dynlora_lab.tasks.base_model import BaseOptions
 from dynlora_lab.tasks.data import DataSource
@@ -119,12 +119,14 @@ def recipe_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Rec
 
 def _checked(values: dict[str, Any], family: Family) -> Recipe:
     plain = check_values(Recipe, {k: v for k, v in values.items() if k not in SECTIONS})
-    if plain.get("method", "dynlora") not in METHODS:
-        raise RecipeError(unknown_name("method", plain["method"], METHODS))
+    method = plain.get("method", "dynlora")
+    if method not in METHODS:
+        raise RecipeError(unknown_name("method", method, METHODS))
     section = {name: values.get(name) or {} for name in SECTIONS}
-    adapter = build(AdapterOptions, section["adapter"], section="adapter.", refused=NOT_OFFERED)
+    given = DEFAULTS.get(method, {}) | section["adapter"]
+    adapter = build(AdapterOptions, given, section="adapter.", refused=NOT_OFFERED)
     try:
-        adapter.refuse_beside(plain.get("method", "dynlora"))
+        adapter.refuse_beside(method)
     except ValueError as error:
         raise RecipeError(f"adapter.{error}") from error
     return build(
