@@ -21,7 +21,7 @@ MOVIE = {"max_eval_rows": 200, "max_length": 32}
 SHORTENED = {
     "minilm-trec": (SMALL, 0.15),
     "minilm-movie-polarity": (
-        MOVIE | {"max_train_rows": 1600, "per_device_train_batch_size": 16},
+        MOVIE | {"max_train_rows": 1600, "per_device_train_batch_size": 16, "learning_rate": 2e-3},
         0.1,
     ),
     "minilm-wordnet": (SMALL | {"num_train_epochs": 1}, 0.1),
