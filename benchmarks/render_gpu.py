@@ -146,9 +146,7 @@ def _answer(found: dict[str, Any]) -> str:
 
 def _source(run: dict[str, Any]) -> str:
     versions, machine = run["versions"], run["machine"]
-    command = run["command"].partition(" --until ")[
-        0
-    ]  # which a worker is given by the first process
+    command, _, _ = run["command"].partition(" --until ")  # that end is a worker's, not the user's
     return (
         f"*`{command}` at {_commit(run)}, {run['date']}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}, peft {versions['peft']}; {machine['device']}, "

@@ -138,12 +138,12 @@ class BudgetSearch:
         trained = _Order("sensitivity", _joined([m.ema for m in self.modules]), self.total, whole)
         self._measure_ranks(trained)
         if any(m.is_gated for m in self.modules):
-            return self._smallest(trained, self._limits(whole, trained))
+            return self._smallest(trained, self._limits(trained))
         with self._rotated():
             energy = _joined(norms(self.modules, "norm")).square()
             rotated = _Order("energy", energy, self.total, whole)
             self._measure_ranks(rotated)
-        limits = self._limits(whole, trained, rotated)
+        limits = self._limits(trained, rotated)
         found = self._smallest(trained, limits)
         with self._rotated():
             if self._loss_at(found.curve.budget, rotated) > limits.limit:
@@ -151,19 +151,21 @@ class BudgetSearch:
             other = self._smallest(rotated, limits)
         return min(found, other, key=lambda choice: choice.curve.budget)
 
-    def _limits(self, whole: float, *orders: _Order) -> Limits:
+    def _limits(self, *orders: _Order) -> Limits:
         """The highest loss that is accepted, and what it is computed from."""
         without = self._loss(torch.zeros(len(self.prices), dtype=torch.bool))
         reference = min(order.lowest for order in orders)
-        if not reference < without < math.inf:
+        gain = without - reference
+        if not 0 < gain < math.inf:
+            gain = 0.0
             warnings.warn(
                 f"target_r='auto': the held-out loss is {without:.4g} without the adapter and "
                 f"{reference:.4g} at the best size tried, so training has gained nothing on the held-out "
                 "rows, and nothing of it can be given up. Look at these rows and at the learning rate.",
                 stacklevel=2,
             )
-            return Limits(without, whole, reference, limit=reference)
-        return Limits(without, whole, reference, reference + self.tolerance * (without - reference))
+        whole = orders[0].seen[self.total]
+        return Limits(without, whole, reference, limit=reference + self.tolerance * gain)
 
     def _measure_ranks(self, order: _Order) -> None:
         for _, cost in self.by_rank:
