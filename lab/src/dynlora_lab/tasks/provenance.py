@@ -26,12 +26,13 @@ def versions() -> dict[str, str]:
 def source_commit() -> str | None:
     """Commit of the checkout that dynlora runs from, with ``+`` if files were changed since.
 
-    None where it does not run from a checkout.
+    Where it does not run from a checkout, what the environment variable ``DYNLORA_COMMIT`` says, for a run
+    from wheels on another machine; else None.
     """
     folder = Path(__file__).parent
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit or not _git(folder, "ls-files", Path(__file__).name):
-        return None
+        return os.environ.get("DYNLORA_COMMIT")
     return commit + ("+" if _git(folder, "status", "--porcelain", ".") else "")
 
 
