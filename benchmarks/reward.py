@@ -5,7 +5,8 @@
 A small Llama has learned to copy two digits, with half of them replaced by chance. GRPO's update
 (advantages normalised within the completions of a prompt, one step a batch, no KL term) then teaches it
 another digit for each: the reward is the share of digits d that become (3 d + 7) mod 10. Every arm has the
-same prompts, learning rate and number of steps, and its seed's own base model.
+same prompts, learning rate and number of steps, and its seed's own base model, so arms are compared
+seed by seed.
 """
 
 import copy
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynlora import RankAllocator
+from dynlora_lab.bench.statistics import paired
 
-SEEDS, STEPS, LEARNING_RATE = range(3), 150, 1e-2
+SEEDS, PROCESSES, STEPS, LEARNING_RATE = range(20), 2, 150, 1e-2
 DIGITS, END, VOCABULARY, LENGTH = 10, 10, 11, 2
 PROMPTS, COMPLETIONS, HELD_OUT = 16, 8, 1024
 PRETRAINING, NOISE = 200, 0.5
@@ -53,7 +55,23 @@ ARMS = {
     "by chance, 8 to 4": Arm(8, {"target_r": 4}, by_chance=True),
     "LoRA, r 1": Arm(1),
     "dynlora, 4 to 1": Arm(4, {"target_r": 1}),
+    "dynlora, 4 to 1, min_r 1": Arm(4, {"target_r": 1, "min_r": 1}),
+    "by chance, 4 to 1": Arm(4, {"target_r": 1}, by_chance=True),
+    "dynlora, 2 to 1": Arm(2, {"target_r": 1}),
+    "dynlora, 2 to 1, min_r 1": Arm(2, {"target_r": 1, "min_r": 1}),
+    "by chance, 2 to 1": Arm(2, {"target_r": 1}, by_chance=True),
 }
+COMPARED = [("LoRA, r 1", "LoRA, r 4")] + [
+    pair
+    for cut in ("8 to 4", "4 to 1", "2 to 1")
+    for pair in (
+        (f"dynlora, {cut}", f"LoRA, r {cut[-1]}"),
+        (f"by chance, {cut}", f"LoRA, r {cut[-1]}"),
+        (f"dynlora, {cut}", f"by chance, {cut}"),
+        (f"dynlora, {cut}, min_r 1", f"dynlora, {cut}"),
+        (f"dynlora, {cut}, min_r 1", f"LoRA, r {cut[-1]}"),
+    )
+]
 
 
 def prompts(count: int, draws: torch.Generator) -> Tensor:
@@ -145,7 +163,6 @@ def reinforced(arm: Arm, base: nn.Module, seed: int) -> dict[str, Any]:
         "first": sum(seen[:LAST]) / LAST,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "ranks": {} if allocator is None else allocator.ranks(),
-        "curve": [round(value, 4) for value in seen],
     }
 
 
@@ -161,25 +178,35 @@ def one_run(name: str, seed: int) -> dict[str, Any]:
     return {"seed": seed, **reinforced(ARMS[name], known_base(seed), seed)}
 
 
+def compared(arms: dict[str, Any]) -> list[dict[str, Any]]:
+    """Differences of held-out reward, seed by seed: mean, 95 % interval, wins and losses."""
+    by_seed = {n: {r["seed"]: r["held_out"] for r in arm["runs"]} for n, arm in arms.items()}
+    found = []
+    for name, peer in COMPARED:
+        shared = sorted(by_seed[name].keys() & by_seed[peer].keys())
+        if shared:
+            gaps = [by_seed[name][seed] - by_seed[peer][seed] for seed in shared]
+            found.append({"arm": name, "against": peer, **asdict(paired([gaps]))})
+    return found
+
+
 def main() -> None:
-    """Run every arm on every seed, a process a seed, and write the rewards as they come."""
+    """Run every arm on every seed, and write the rewards as they come."""
     options = arguments(__doc__ or "")
     case = {
         "steps": STEPS, "learning_rate": LEARNING_RATE, "prompts": PROMPTS,
-        "completions": COMPLETIONS, "held_out": HELD_OUT,
+        "completions": COMPLETIONS, "held_out": HELD_OUT, "seeds": len(SEEDS),
     }  # fmt: skip
     arms: dict[str, Any] = {name: {**asdict(arm), "runs": []} for name, arm in ARMS.items()}
-    pools = [ProcessPoolExecutor(1) for _ in SEEDS]
-    asked = {
-        pool.submit(one_run, name, seed): name
-        for seed, pool in zip(SEEDS, pools, strict=True)
-        for name in ARMS
+    pools = [ProcessPoolExecutor(1) for _ in range(PROCESSES)]
+    asked = {  # a seed's base model is learned in one process only
+        pools[seed % PROCESSES].submit(one_run, name, seed): name for seed in SEEDS for name in ARMS
     }
     for done in as_completed(asked):
         name, run = asked[done], done.result()
         print(f"seed {run['seed']}, {name}: {run['held_out']:.3f}", flush=True)
         arms[name]["runs"] = sorted([*arms[name]["runs"], run], key=lambda r: r["seed"])
-        write("reward", options, {"case": case, "arms": arms})
+        write("reward", options, {"case": case, "compared": compared(arms), "arms": arms})
     for pool in pools:
         pool.shutdown()
 
