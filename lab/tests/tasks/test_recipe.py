@@ -88,6 +88,11 @@ def test_the_words_that_yaml_takes_for_truth_values_stay_words():
         ),
         (["--init_lora_weights", "false"], "init_lora_weights=False must be true, or one of eva"),
         (["--loraplus_lr_ratio", "0.5"], "loraplus_lr_ratio=0.5 must be at least 1; LoRA"),
+        (["--rate_after", "0"], "rate_after=0.0 must be above 0"),
+        (
+            ["--method", "lora", "--rate_after", "2"],
+            r"adapter\.rate_after=2\.0 is for methods dynlora and dynlora-auto, and lora has no freeze",
+        ),
         (
             ["--placement", "mlp"],
             "'adapter.placement' is 'mlp': input should be 'all', 'attention' or",

@@ -1,6 +1,7 @@
 """``dynlora``, its parametrisation with gates, and the controls that prune nothing or anything."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from dynlora.lora.follow import AdapterStart
 from dynlora_lab.methods.adapted import Adapted, Target, trainable_beside
 from dynlora_lab.methods.config_fields import shared_fields, whole_rank
 from dynlora_lab.methods.options import AdapterOptions
+from dynlora_lab.methods.rate_after import followed_by_rate
 
 
 def dynlora(options: AdapterOptions, target: Target) -> Adapted:
     """The method on PEFT's LoRA: ranks start at ``init_r``, the least important components leave."""
-    return on_lora(options, target, DynLoraCallback(**options.settings()))
+    adapted = on_lora(options, target, DynLoraCallback(**options.settings()))
+    return replace(adapted, callbacks=followed_by_rate(adapted.callbacks[0], options.rate_after))
 
 
 def dynlora_auto(options: AdapterOptions, target: Target) -> Adapted:
@@ -31,7 +34,7 @@ def dynlora_auto(options: AdapterOptions, target: Target) -> Adapted:
     return Adapted(
         model=model,
         parameters=lambda: trainable_beside(model, target.head),
-        callbacks=[callback],
+        callbacks=followed_by_rate(callback, options.rate_after),
         ranks=lambda: callback.ranks or start.ranks,
         fits_from=lambda total_steps: int(settings["prune_end"] * total_steps) + 1,
     )

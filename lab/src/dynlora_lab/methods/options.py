@@ -60,6 +60,8 @@ class AdapterOptions(Settings):
             nearest component.
         ranks: of ``lora``: rank by module name, such as a finished run's ``run.json`` holds; modules of
             rank 0 are not adapted; instead of ``target_r`` everywhere.
+        rate_after: of ``dynlora`` and ``dynlora-auto``: the learning rate after the freeze, as a multiple
+            of what the schedule says.
         bottleneck: width of ``houlsby`` and ``pfeiffer``; None: as wide as the budget allows.
     """
 
@@ -76,6 +78,7 @@ class AdapterOptions(Settings):
     loraplus_lr_ratio: float | None = None
     placement: Placement = "all"
     ranks: dict[str, int] | None = None
+    rate_after: float = 1.0
     bottleneck: int | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +106,8 @@ class AdapterOptions(Settings):
             raise ValueError(
                 "ranks must hold a rank above 0; leave it out for target_r everywhere."
             )
+        if not self.rate_after > 0:
+            raise ValueError(f"rate_after={self.rate_after} must be above 0.")
         if self.bottleneck is not None and self.bottleneck < 1:
             raise ValueError(f"bottleneck={self.bottleneck} must be at least 1.")
         self._check_lora()
@@ -132,7 +137,7 @@ class AdapterOptions(Settings):
             )
 
     def refuse_beside(self, method: str) -> None:
-        """Refuse fields of ``lora`` in a recipe of another method, which would ignore them.
+        """Refuse fields of one method in a recipe of another, which would ignore them.
 
         Raises:
             ValueError: names the field and the way out.
@@ -144,6 +149,11 @@ class AdapterOptions(Settings):
                     f"{name}={getattr(self, name)!r} is for method lora, and {method} has none of it; "
                     "choose method lora, or leave it out."
                 )
+        if self.rate_after != 1 and method not in ("dynlora", "dynlora-auto"):
+            raise ValueError(
+                f"rate_after={self.rate_after} is for methods dynlora and dynlora-auto, and {method} has "
+                "no freeze that it could follow; leave it out."
+            )
 
     @property
     def start_r(self) -> int:
