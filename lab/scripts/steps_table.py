@@ -48,8 +48,8 @@ def page(suite: Suite, results: Mapping[str, Result]) -> str:
         "",
         "Written by `lab/scripts/steps_table.py` from the files in `cells/`; edit nothing here.",
         "",
-        "Median over runs of the first step at whose test a run has the score in brackets, the lowest of the "
-        "methods' mean last scores; how many runs never had it; then the mean of last scores.",
+        "Median over runs of the first step at whose test a run has the score in brackets, the lowest of "
+        "the methods' mean last scores; how many runs never had it; then the mean of last scores.",
         "",
         f"| method | {' | '.join(headings)} | of {suite.baseline}'s |",
         "|---" * (len(suite.tasks) + 2) + "|",
