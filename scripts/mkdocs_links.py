@@ -6,13 +6,14 @@ In the repository ``[examples](../examples)`` is a link. The site does not hold 
 """
 
 import logging
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#]+)(#[^)]*)?\)")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+)(#[^)]*)?\)")
 
 log = logging.getLogger("mkdocs.hooks.links")
 
@@ -20,9 +21,12 @@ log = logging.getLogger("mkdocs.hooks.links")
 def on_files(files: Files, *, config: Any) -> Files:
     """The site's files, and the pictures from elsewhere that pages show."""
     for page in files.documentation_pages():
-        for is_picture, _, path, _ in LINK.findall(page.content_string):
+        for is_picture, _, target, _ in LINK.findall(page.content_string):
+            path = _in_repository(page, target)
+            if path is None or not is_picture or files.get_file_from_path(path):
+                continue
             file = _root(config) / path
-            if is_picture and file.is_file() and files.get_file_from_path(path) is None:
+            if file.is_file():
                 files.append(File.generated(config, path, abs_src_path=str(file)))
     return files
 
@@ -31,16 +35,25 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_kwargs: Any) -
     """The page with links out of docs/ replaced; one that leads nowhere is a warning."""
 
     def replaced(link: re.Match[str]) -> str:
-        is_picture, text, path, anchor = link.groups(default="")
+        is_picture, text, target, anchor = link.groups(default="")
+        path = _in_repository(page.file, target)
+        if path is None:
+            return link[0]
         if not (_root(config) / path).exists():
-            log.warning("%s links to ../%s, which does not exist.", page.file.src_uri, path)
+            log.warning("%s links to %s, which does not exist.", page.file.src_uri, target)
         if is_picture:
-            return f"![{text}]({path})"
+            return f"![{text}]({posixpath.relpath(path, posixpath.dirname(page.file.src_uri))})"
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
         return text
 
     return LINK.sub(replaced, markdown)
+
+
+def _in_repository(page: File, target: str) -> str | None:
+    """The path of a link's target from the repository's root; None if it is in docs/, on the site."""
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.src_uri), target))
+    return None if path.startswith("docs/") else path
 
 
 def _root(config: Any) -> Path:
