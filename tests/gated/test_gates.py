@@ -237,6 +237,15 @@ def test_a_trained_head_travels_with_the_adapter(tmp_path):
         equal(logits(PeftModel.from_pretrained(tiny_bert(), tmp_path / folder)), before)
 
 
+@pytest.mark.parametrize("tokens", [[5, 6], {"embed_tokens": [5, 6]}])
+def test_trained_tokens_travel_with_the_adapter(tmp_path, tokens):
+    model = adapted(gated=True, target_modules=["q_proj"], trainable_token_indices=tokens)
+    train(model, steps=5, total_steps=12)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_stock_adapter_is_finalized_by_leaving_it_alone():
     model = adapted()
     before = state(model)

@@ -179,5 +179,6 @@ HOSTILE = {
         megatron_config={"a": 1}, megatron_core="antigravity"
     ),
     "config of NVIDIA's DoRA": configure(use_dora=True),
+    "config that trains tokens which the weights lack": configure(trainable_token_indices=[1]),
     "config with a path to save": configure(modules_to_save={"../x": 1}),
 }

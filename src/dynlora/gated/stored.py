@@ -42,12 +42,19 @@ class StoredAdapter:
     def check_against(self, model: nn.Module, config: Any) -> None:
         """Refuse an adapter that was made for another base model, before anything is injected into it.
 
-        Its modules may be absent, of other widths, or targeted without weights.
+        Its modules may be absent, of other widths, or targeted without weights, its tokens without weights.
 
         Raises:
             AdapterFileError: says which.
         """
         _check_others(self.others, model, config)
+        tokens = config.trainable_token_indices
+        if tokens not in (None, {}) and not any("trainable_tokens" in key for key in self.others):
+            raise AdapterFileError(
+                f"{CONFIG_FILE} holds trainable_token_indices={reprlib.repr(tokens)}, but {WEIGHTS_FILE} "
+                "no trained tokens: config and weights are of different adapters. Download the folder "
+                "again."
+            )
         if config.target_modules is None or config.target_modules == "all-linear":
             raise AdapterFileError(
                 f"target_modules={config.target_modules!r} in {CONFIG_FILE} must name the modules, as PEFT "
