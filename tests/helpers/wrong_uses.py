@@ -124,7 +124,7 @@ STOCK = {
     },
     # the budget
     "target above the start": lambda _: attached(target_r=5),
-    "target below the floors": lambda _: attached(target_r=0.5, bias="lora_only"),
+    "target below the floors": lambda _: attached(target_r=0.5, bias="all"),
     "target below one component": lambda _: attached(target_r=0.1),
     "auto without evaluate": lambda _: attached(target_r="auto"),
     "auto without held-out data": without_held_out,
