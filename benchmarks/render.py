@@ -126,24 +126,26 @@ def whole_run(result: dict[str, Any]) -> str:
 
 
 def reward(result: dict[str, Any]) -> str:
-    """Rewards of held-out prompts, seed by seed, and their difference from the LoRA of the same size."""
-    arms = {name: arm for name, arm in result["arms"].items() if arm["runs"]}
-    by_seed = {n: {r["seed"]: r["held_out"] for r in arm["runs"]} for n, arm in arms.items()}
+    """Rewards of held-out prompts by arm, then what differs between arms, seed by seed."""
     rows = []
-    for name, arm in arms.items():
-        peer = by_seed[f"LoRA, r {arm['settings'].get('target_r', arm['r'])}"]
-        gaps = [value - peer[seed] for seed, value in by_seed[name].items() if seed in peer]
-        rows.append(
-            (
-                name,
-                f"{sum(by_seed[name].values()) / len(by_seed[name]):.3f}",
-                ", ".join(f"{value:.3f}" for value in by_seed[name].values()),
-                f"{sum(gaps) / len(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})",
-                _empty(arm["runs"]),
-            )
+    for name, arm in result["arms"].items():
+        found = [run["held_out"] for run in arm["runs"]]
+        mean, least, most = sum(found) / len(found), min(found), max(found)
+        cells = (str(len(found)), f"{mean:.3f} ({least:.3f} to {most:.3f})", _empty(arm["runs"]))
+        rows.append((name, *cells))
+    head = ("arm", "seeds", "reward (range)", "modules at rank 0")
+    gaps = [
+        (
+            row["arm"],
+            row["against"],
+            f"{row['mean']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]",
+            f"{row['wins']} : {row['losses']}",
+            f"{row['sign_p']:.2g}",
         )
-    head = ("arm", "reward", "by seed", "against LoRA of its size (range)", "modules at rank 0")
-    return table(head, rows)
+        for row in result["compared"]
+    ]
+    gap_head = ("arm", "against", "difference [95 %]", "better : worse", "p, sign test")
+    return f"{table(head, rows)}\n\n{table(gap_head, gaps)}"
 
 
 def _empty(runs: list[dict[str, Any]]) -> str:

@@ -49,6 +49,7 @@ class Arm:
 
 
 ARMS = {
+    "LoRA, r 8": Arm(8),
     "LoRA, r 4": Arm(4),
     "dynlora, 8 to 4": Arm(8, {"target_r": 4}),
     "dynlora, 8 to 4, min_r 1": Arm(8, {"target_r": 4, "min_r": 1}),
