@@ -1,6 +1,6 @@
 """Does allocation by sensitivity stand a noisy reward? Reinforcement learning with a reward by rule.
 
-    python benchmarks/reward.py
+    python benchmarks/reward.py    (goes on with the results that are there)
 
 A small Llama has learned to copy two digits, with half of them replaced by chance. GRPO's update
 (advantages normalised within the completions of a prompt, one step a batch, no KL term) then teaches it
@@ -11,6 +11,7 @@ seed by seed.
 
 import copy
 import functools
+import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import transformers as hf
 from arms import adamw
-from measuring import arguments, write
+from measuring import RESULTS, arguments, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -191,20 +192,42 @@ def compared(arms: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def known_runs(case: dict[str, Any], device: str) -> dict[str, list[dict[str, Any]]]:
+    """Runs that the results hold already, by arm: of the same case, and of arms that are still the same."""
+    path = RESULTS / f"reward.{device}.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["result"]["case"] != case:
+        return {}
+    return {
+        name: [{"commit": found["commit"], **run} for run in arm["runs"]]
+        for name, arm in found["result"]["arms"].items()
+        if name in ARMS and {k: v for k, v in arm.items() if k != "runs"} == asdict(ARMS[name])
+    }
+
+
 def main() -> None:
-    """Run every arm on every seed, and write the rewards as they come."""
+    """Run every arm on every seed that is not in the results yet, and write the rewards as they come."""
     options = arguments(__doc__ or "")
     case = {
         "steps": STEPS, "learning_rate": LEARNING_RATE, "prompts": PROMPTS,
         "completions": COMPLETIONS, "held_out": HELD_OUT, "seeds": len(SEEDS),
     }  # fmt: skip
-    arms: dict[str, Any] = {name: {**asdict(arm), "runs": []} for name, arm in ARMS.items()}
+    known = known_runs(case, options.device)
+    arms: dict[str, Any] = {
+        name: {**asdict(arm), "runs": known.get(name, [])} for name, arm in ARMS.items()
+    }
+    had = {(name, run["seed"]) for name, arm in arms.items() for run in arm["runs"]}
     pools = [ProcessPoolExecutor(1) for _ in range(PROCESSES)]
     asked = {  # a seed's base model is learned in one process only
-        pools[seed % PROCESSES].submit(one_run, name, seed): name for seed in SEEDS for name in ARMS
+        pools[seed % PROCESSES].submit(one_run, name, seed): name
+        for seed in SEEDS
+        for name in ARMS
+        if (name, seed) not in had
     }
     for done in as_completed(asked):
-        name, run = asked[done], done.result()
+        name, run = asked[done], {"commit": options.provenance["commit"], **done.result()}
         print(f"seed {run['seed']}, {name}: {run['held_out']:.3f}", flush=True)
         arms[name]["runs"] = sorted([*arms[name]["runs"], run], key=lambda r: r["seed"])
         write("reward", options, {"case": case, "compared": compared(arms), "arms": arms})
