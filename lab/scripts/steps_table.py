@@ -66,7 +66,7 @@ def page(suite: Suite, results: Mapping[str, Result]) -> str:
             cells.append(f"{'-' if middle is None else f'{middle:g}'}{never}; {last:.2f}")
             if middle is not None and (of_base := _median(base)) is not None:
                 ratios.append(middle / of_base)
-        share = f"{statistics.mean(ratios):.2f}" if ratios else "-"
+        share = f"{statistics.mean(ratios):.2f}" if len(ratios) == len(suite.tasks) else "-"
         lines.append(f"| {method} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines) + "\n"
 
