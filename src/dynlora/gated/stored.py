@@ -52,7 +52,7 @@ class StoredAdapter:
         if tokens not in (None, {}) and not any("trainable_tokens" in key for key in self.others):
             raise AdapterFileError(
                 f"{CONFIG_FILE} holds trainable_token_indices={reprlib.repr(tokens)}, but {WEIGHTS_FILE} "
-                "no trained tokens: config and weights are of different adapters. Download the folder "
+                "has none of them: config and weights are of different adapters. Download the folder "
                 "again."
             )
         if config.target_modules is None or config.target_modules == "all-linear":
