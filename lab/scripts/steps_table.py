@@ -3,15 +3,17 @@
 python lab/scripts/steps_table.py lab/results/size-steps    # steps.md in that folder
 """
 
+import math
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from dynlora_lab.bench.results import DONE, Result, read_results, read_suite_file
 from dynlora_lab.bench.suite import Suite
+
+NEVER = math.inf
 
 Curve = list[tuple[int, float]]
 """Step and reported score at each test, in the suite's unit and higher for a better model."""
@@ -34,15 +36,19 @@ def common_score(runs: Iterable[list[Curve]]) -> float:
     return min(statistics.mean(curve[-1][1] for curve in method) for method in runs)
 
 
-def steps_until(curve: Curve, score: float) -> int | None:
-    """First step at whose test the score was reached, None if it never was."""
-    return next((step for step, value in curve if value >= score), None)
+def steps_until(curve: Curve, score: float) -> float:
+    """First step at whose test the score was reached, ``NEVER`` if it never was."""
+    return next((step for step, value in curve if value >= score), NEVER)
 
 
 def page(suite: Suite, results: Mapping[str, Result]) -> str:
     """The table as Markdown."""
     found = curves(suite, results)
-    headings = [_heading(task, suite, found) for task in suite.tasks]
+    scores = {
+        task: common_score(found[task, method] for method in suite.methods) for task in suite.tasks
+    }
+    base = {task: _median(found[task, suite.baseline], score) for task, score in scores.items()}
+    headings = [f"{task} ({score:.2f})" for task, score in scores.items()]
     lines = [
         f"# Steps until a score: `{suite.name}`",
         "",
@@ -55,34 +61,25 @@ def page(suite: Suite, results: Mapping[str, Result]) -> str:
         "|---" * (len(suite.tasks) + 2) + "|",
     ]
     for method in suite.methods:
-        cells, ratios = [], []
-        for task in suite.tasks:
-            score = common_score(found[task, name] for name in suite.methods)
-            mine, base = (_steps(found[task, name], score) for name in (method, suite.baseline))
-            missing = sum(step is None for step in mine)
-            last = statistics.mean(curve[-1][1] for curve in found[task, method])
+        cells, medians = [], []
+        for task, score in scores.items():
+            runs = found[task, method]
+            missing = sum(steps_until(curve, score) == NEVER for curve in runs)
+            last = statistics.mean(curve[-1][1] for curve in runs)
             never = f", {missing} never" if missing else ""
-            middle = _median(mine)
-            cells.append(f"{'-' if middle is None else f'{middle:g}'}{never}; {last:.2f}")
-            if middle is not None and (of_base := _median(base)) is not None:
-                ratios.append(middle / of_base)
-        share = f"{statistics.mean(ratios):.2f}" if len(ratios) == len(suite.tasks) else "-"
+            middle = _median(runs, score)
+            cells.append(f"{'-' if middle == NEVER else f'{middle:g}'}{never}; {last:.2f}")
+            medians.append(middle)
+        is_known = NEVER not in (*medians, *base.values())
+        ratios = (m / b for m, b in zip(medians, base.values(), strict=True))
+        share = f"{statistics.mean(ratios):.2f}" if is_known else "-"
         lines.append(f"| {method} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines) + "\n"
 
 
-def _heading(task: str, suite: Suite, found: Mapping[tuple[str, str], list[Curve]]) -> str:
-    return f"{task} ({common_score(found[task, name] for name in suite.methods):.2f})"
-
-
-def _steps(runs: list[Curve], score: float) -> list[int | None]:
-    return [steps_until(curve, score) for curve in runs]
-
-
-def _median(steps: list[Any]) -> float | None:
-    """Of all runs, those that never had the score counted as the latest; None if it is one of these."""
-    middle = statistics.median(float("inf") if step is None else step for step in steps)
-    return None if middle == float("inf") else middle
+def _median(runs: list[Curve], score: float) -> float:
+    """Of the steps of all runs, those that never had the score counted as the latest."""
+    return statistics.median(steps_until(curve, score) for curve in runs)
 
 
 if __name__ == "__main__":

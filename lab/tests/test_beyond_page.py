@@ -1,19 +1,15 @@
 """The page of results beyond the paper says what the records of the runs say."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "beyond.py"
+from lab_scripts import load_script
 
 
 @pytest.fixture
 def beyond(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("beyond", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("beyond")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 

@@ -1,26 +1,19 @@
 """The table of score against size says what the cells of a suite say."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from dynlora_lab.bench.results import SUITE_FILE, read_results, read_suite_file
 from dynlora_lab.bench.suite import suite_from
+from lab_scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "size_table.py"
 METHODS = {"lora-r8": 800, "lora-r2": 200, "auto": 400}
 
 
 @pytest.fixture
-def table(monkeypatch):
-    spec = importlib.util.spec_from_file_location("size_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "size_table", module)
-    spec.loader.exec_module(module)
-    return module
+def table():
+    return load_script("size_table")
 
 
 @pytest.fixture

@@ -1,21 +1,14 @@
 """The table of steps until a score says what the curves of a suite say."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from dynlora_lab.bench.suite import suite_from
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "steps_table.py"
+from lab_scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def table():
-    spec = importlib.util.spec_from_file_location("steps_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("steps_table")
 
 
 def run(method, seed, scores, *, is_better_higher=True):

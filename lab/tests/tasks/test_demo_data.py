@@ -2,15 +2,15 @@
 
 import csv
 import gzip
-import importlib.util
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from lab_scripts import load_script
+
 SAMPLE = Path(str(files("dynlora_lab.data") / "wordnet_glosses.csv.gz"))
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_wordnet_sample.py"
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_wordnet_sample", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_wordnet_sample")
 
 
 def test_sample_is_small_and_has_the_promised_rows(rows):

@@ -25,6 +25,7 @@ from dynlora.lora.components import embeddings_of
 from dynlora.lora.configs import targetable_names
 
 _DAMAGED = "The file is damaged; download the folder again."
+_MIXED = "config and weights are of different adapters. Download the folder again."
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class StoredAdapter:
         if tokens not in (None, {}) and not any("trainable_tokens" in key for key in self.others):
             raise AdapterFileError(
                 f"{CONFIG_FILE} holds trainable_token_indices={reprlib.repr(tokens)}, but {WEIGHTS_FILE} "
-                "has none of them: config and weights are of different adapters. Download the folder "
-                "again."
+                f"has none of them: {_MIXED}"
             )
         if config.target_modules is None or config.target_modules == "all-linear":
             raise AdapterFileError(
@@ -80,8 +80,7 @@ class StoredAdapter:
         for name in targetable_names(model):
             if name not in self.widths and _is_targeted(config, name):
                 raise AdapterFileError(
-                    f"module {name!r} is targeted, but {WEIGHTS_FILE} holds nothing for it: config and "
-                    "weights are of different adapters. Download the folder again."
+                    f"module {name!r} is targeted, but {WEIGHTS_FILE} holds nothing for it: {_MIXED}"
                 )
 
 

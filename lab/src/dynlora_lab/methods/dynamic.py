@@ -19,8 +19,9 @@ from dynlora_lab.methods.rate_after import followed_by_rate
 
 def dynlora(options: AdapterOptions, target: Target) -> Adapted:
     """The method on PEFT's LoRA: ranks start at ``init_r``, the least important components leave."""
-    adapted = on_lora(options, target, DynLoraCallback(**options.settings()))
-    return replace(adapted, callbacks=followed_by_rate(adapted.callbacks[0], options.rate_after))
+    callback = DynLoraCallback(**options.settings())
+    adapted = on_lora(options, target, callback)
+    return replace(adapted, callbacks=followed_by_rate(callback, options.rate_after))
 
 
 def dynlora_auto(options: AdapterOptions, target: Target) -> Adapted:

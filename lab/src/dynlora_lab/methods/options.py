@@ -19,7 +19,16 @@ STARTS = ("eva", "gaussian", "lora_ga", "olora", "orthogonal", "pissa")
 OUR_STARTS = ("gradient",)
 """Starts that PEFT does not have."""
 
-_OF_LORA = ("init_lora_weights", "use_rslora", "loraplus_lr_ratio", "placement", "ranks")
+_OF_LORA = ("method lora", ("lora",), "none of it; choose method lora, or leave it out.")
+_OF_PRUNING = (
+    "methods dynlora and dynlora-auto",
+    ("dynlora", "dynlora-auto"),
+    "no freeze that it could follow; leave it out.",
+)
+_FIELDS_OF = dict.fromkeys(
+    ("init_lora_weights", "use_rslora", "loraplus_lr_ratio", "placement", "ranks"), _OF_LORA
+) | {"rate_after": _OF_PRUNING}
+"""By field that some methods alone read: what they are called, their names, and what the others lack."""
 
 _ELSEWHERE = {
     "r": "write target_r, the mean rank at the end, and init_r, the rank at the start",
@@ -143,17 +152,10 @@ class AdapterOptions(Settings):
             ValueError: names the field and the way out.
         """
         fields = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in _OF_LORA:
-            if method != "lora" and getattr(self, name) != fields[name]:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is for method lora, and {method} has none of it; "
-                    "choose method lora, or leave it out."
-                )
-        if self.rate_after != 1 and method not in ("dynlora", "dynlora-auto"):
-            raise ValueError(
-                f"rate_after={self.rate_after} is for methods dynlora and dynlora-auto, and {method} has "
-                "no freeze that it could follow; leave it out."
-            )
+        for name, (whose, methods, lack) in _FIELDS_OF.items():
+            value = getattr(self, name)
+            if method not in methods and value != fields[name]:
+                raise ValueError(f"{name}={value!r} is for {whose}, and {method} has {lack}")
 
     @property
     def start_r(self) -> int:
