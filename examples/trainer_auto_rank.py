@@ -37,7 +37,7 @@ def main() -> None:
     arguments = TrainingArguments(
         options.output, max_steps=options.steps, learning_rate=1e-3, report_to="none"
     )
-    callback = DynLoraCallback(target_r="auto", tolerance=0.01)
+    callback = DynLoraCallback(target_r="auto")
     trainer = Trainer(
         get_peft_model(base, config),
         arguments,

@@ -8,7 +8,7 @@ from dynlora.allocation import PAPER, Settings, settings_from
 from wrong_settings import REFUSED
 
 KNOBS = {
-    "target_r": 8, "tolerance": 0.01, "min_r": 0, "prune_start": 0.15, "prune_end": 0.5,
+    "target_r": 8, "tolerance": 0.003, "min_r": 0, "prune_start": 0.15, "prune_end": 0.5,
     "prune_interval": 10, "ema_beta": 0.9, "importance": "sensitivity", "budget": "parameters",
     "revival": False, "dem_weight": 0.0, "compact": True, "total_steps": None,
 }  # fmt: skip
@@ -16,6 +16,8 @@ KNOBS = {
 
 def test_defaults_are_the_promised_ones():
     assert dataclasses.asdict(Settings(target_r=8)) == KNOBS
+    auto = dataclasses.asdict(Settings(target_r="auto"))
+    assert auto == KNOBS | {"target_r": "auto", "prune_end": 1.0}
 
 
 def test_the_paper_preset_fills_what_is_left_out_and_nothing_else():

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynlora import DynLoraCallback, NotFiniteError, RankAllocator
 from small_net import SmallNet, adamw, adapted, data, train
@@ -25,6 +25,7 @@ def held_out_loss(model):
 
 
 def run(tolerance, steps=60, optimizer=adamw, **settings):
+    """A run that trains on after its cut, unless ``settings`` say another ``prune_end``."""
     model = adapted(widths=WIDTHS, r=8)
     built = optimizer(model)
     loss = held_out_loss(model)
@@ -36,7 +37,7 @@ def run(tolerance, steps=60, optimizer=adamw, **settings):
 
     allocator = RankAllocator(
         model, built, total_steps=steps, target_r="auto", tolerance=tolerance,
-        evaluate=evaluate, **settings,
+        evaluate=evaluate, **{"prune_end": 0.3, **settings},
     )  # fmt: skip
     return model, built, allocator, calls
 
@@ -191,18 +192,19 @@ class WithLoss(torch.nn.Module):
         return {"loss": ((logits - labels) ** 2).mean(), "logits": logits}
 
 
-def trainer(folder, callback, *, held_out):
+def trainer(folder, callback, *, held_out=True, **changed):
     torch.manual_seed(0)
     model = get_peft_model(
         WithLoss(), LoraConfig(r=8, lora_alpha=16, target_modules=["0", "1", "2"])
     )
     x, y = data(rows=128)
     rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
-    arguments = TrainingArguments(
-        str(folder), max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
-        logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"],
-    )  # fmt: skip
+    settings = {
+        "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": [],
+        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "remove_unused_columns": False, "dataloader_pin_memory": False, "label_names": ["labels"],
+    }  # fmt: skip
+    arguments = TrainingArguments(str(folder), **{**settings, **changed})
     return Trainer(
         model, arguments, callbacks=[callback] if callback else [], train_dataset=rows[:96],
         eval_dataset=rows[96:] if held_out else None,
@@ -214,11 +216,13 @@ def losses_of(run):
     return [log["loss"] for log in run.state.log_history if "loss" in log]
 
 
-def test_the_trainers_evaluation_set_decides_and_draws_no_random_number(tmp_path):
-    callback = DynLoraCallback(target_r="auto", tolerance=0.1)
+@pytest.mark.parametrize("end", [0.3, 1.0])
+def test_the_trainers_evaluation_set_decides_and_draws_no_random_number(tmp_path, end):
+    callback = DynLoraCallback(target_r="auto", tolerance=0.1, prune_end=end)
     ours = losses_of(trainer(tmp_path / "ours", callback, held_out=True))
     plain = losses_of(trainer(tmp_path / "plain", None, held_out=True))
     frozen = callback.history[-1]["step"]
+    assert frozen == 40 * end
     assert ours[:frozen] == plain[:frozen]
     assert sum(callback.ranks.values()) < 24
     text = (tmp_path / "ours" / "history.jsonl").read_text(encoding="utf-8")
@@ -228,3 +232,78 @@ def test_the_trainers_evaluation_set_decides_and_draws_no_random_number(tmp_path
 def test_a_trainer_without_an_evaluation_set_is_refused_before_it_trains(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer(tmp_path, DynLoraCallback(target_r="auto"), held_out=False).train()
+
+
+class StopsAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def within_the_limit(run, callback):
+    """The event of the last cut, after a check of the model that was left."""
+    event = callback.history[-1]
+    found = event["auto"]
+    loss = run.evaluate()["eval_loss"]
+    assert loss <= found["limit"] * (1 + 1e-4)
+    size = sum(p.numel() for n, p in run.model.named_parameters() if "lora_" in n)
+    assert 0 < size <= found["budget"] < callback.allocator.total_cost
+    assert sum(callback.ranks.values()) == event["live"]
+    return event
+
+
+BEST = {
+    "save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 10,
+    "load_best_model_at_end": True, "metric_for_best_model": "score",
+}  # fmt: skip
+
+
+def best_at_10(run):
+    scores = iter([1.0, 0.0, 0.0, 0.0])
+    run.compute_metrics = lambda _prediction: {"score": next(scores, 0.0)}
+    return run
+
+
+def test_a_run_that_stops_before_the_freeze_is_cut_where_it_stops(tmp_path):
+    callback = DynLoraCallback(target_r="auto", tolerance=0.1, prune_end=1.0)
+    run = trainer(tmp_path, callback)
+    run.add_callback(StopsAt(25))
+    run.train()
+    assert within_the_limit(run, callback)["step"] == 25
+
+
+@pytest.mark.parametrize("end", [0.5, 1.0])
+def test_a_best_checkpoint_from_before_the_freeze_is_cut_too(tmp_path, end):
+    callback = DynLoraCallback(target_r="auto", tolerance=0.1, prune_end=end)
+    run = best_at_10(trainer(tmp_path, callback, **BEST))
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-10")
+    run.compute_metrics = None
+    event = within_the_limit(run, callback)
+    assert event["auto"]["order"] == "energy"  # the scores belonged to other weights
+    before = callback.history[-2]
+    assert before["step"] == 40 * end
+    assert before["auto"]["whole"] != event["auto"]["whole"]
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    (ended,) = [line for line in lines if line["event"] == "end"]
+    assert ended["ranks"] == callback.ranks
+
+
+def test_the_best_checkpoint_is_cut_alike_after_a_kill(tmp_path):
+    def built():
+        callback = DynLoraCallback(target_r="auto", tolerance=0.1, prune_end=0.5)
+        return best_at_10(trainer(tmp_path, callback, **BEST)), callback
+
+    whole, ranks = built()
+    whole.train()
+    for point in (30, 40):
+        resumed, again = built()
+        resumed.compute_metrics = lambda _prediction: {"score": 0.0}
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{point}"))
+        assert again.ranks == ranks.ranks
+        for (name, ours), (_, theirs) in zip(
+            resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name

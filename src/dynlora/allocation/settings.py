@@ -35,7 +35,7 @@ class Settings:
         min_r: components that every module keeps, whatever their scores; an integer of at least 0.
         prune_start: share of the optimizer steps before the first pruning, in [0, 1).
         prune_end: share of the steps at which the ranks are frozen, in (prune_start, 1]; 0.5 if not
-            given, 0.3 with ``auto``.
+            given; with ``auto`` 1, so that what was trained at the full rank is cut after the last step.
         prune_interval: optimizer steps between two prunings, at least 1.
         ema_beta: β of Eq. 8, weight of the past in the smoothed importance, in [0, 1).
         importance: what components are ranked by. ``sensitivity``: abs(⟨b, ∂L/∂b⟩), by how much the
@@ -61,7 +61,7 @@ class Settings:
     """
 
     target_r: float | Literal["auto"]
-    tolerance: float = 0.01
+    tolerance: float = 0.003
     min_r: int = 0
     prune_start: float = 0.15
     prune_end: float = None  # type: ignore[assignment]  # filled in __post_init__
@@ -77,7 +77,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Fill in the end of the window, and check every rule."""
         if self.prune_end is None:
-            object.__setattr__(self, "prune_end", 0.3 if self.is_auto else 0.5)
+            object.__setattr__(self, "prune_end", 1.0 if self.is_auto else 0.5)
         check_rules(self._rules())
 
     @property
@@ -89,7 +89,7 @@ class Settings:
         yield (
             is_number(self.tolerance) and 0 < self.tolerance < 1,
             f"tolerance={self.tolerance!r} must be a number between 0 and 1: the share of the adapter's "
-            "gain on held-out rows that target_r='auto' may give up, such as 0.01.",
+            "gain on held-out rows that target_r='auto' may give up, such as 0.003.",
         )
         yield (
             self.is_auto or (is_number(self.target_r) and float(self.target_r) > 0),

@@ -217,13 +217,20 @@ class RankAllocator:
         """
         self._copies.add(copy, self.modules)
 
-    def detach(self) -> None:
-        """Take all hooks off model and optimizer; nothing is scored or pruned from here on."""
+    def stop_listening(self) -> None:
+        """Take the hooks off the optimizer: its steps are not counted any more.
+
+        The model still takes the ranks of a checkpoint that is loaded into it.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._adapter.leave()
         guard.detach(self)
+
+    def detach(self) -> None:
+        """Take all hooks off model and optimizer; nothing is scored or pruned from here on."""
+        self.stop_listening()
+        self._adapter.leave()
         self._finder.forget()
 
     def finalize_(self) -> dict[str, int]:
@@ -372,7 +379,8 @@ class RankAllocator:
         With ``is_last`` the target is met now, whatever the step.
         """
         self._guard.read(step=self.step)
-        self.score.check(self.present, self.step)
+        if not self.is_frozen:  # else the scores of what came back are gone
+            self.score.check(self.present, self.step)
         choice = self._search() if self.settings.is_auto else None
         smoothed = _gathered([m.ema.float() for m in self.modules])
         scores = smoothed if choice is None else choice.scores
@@ -405,14 +413,23 @@ class RankAllocator:
         self.target_cost = choice.curve.budget
         if choice.order == "energy":
             for module in self.present:
-                rotate_(module, self.optimizer)
+                # frozen, its state has the shapes of another checkpoint, and no step will follow
+                rotate_(module, None if self.is_frozen else self.optimizer)
         return choice
 
     @torch.no_grad()
     def freeze_(self) -> None:
-        """Make the ranks final now, after at least one step: cut to the target, and compact."""
+        """Make the ranks final now, after at least one step: cut to the target, and compact.
+
+        Frozen ranks stay, with one exception: with ``target_r="auto"``, weights of a checkpoint from
+        before the freeze (``load_best_model_at_end``) are searched and cut as well. Call it before
+        ``finalize_()`` then, with no step between the two.
+        """
         self.check_has_stepped()
         if self.is_frozen:
+            is_gated = any(m.is_gated for m in self.modules)
+            if self.settings.is_auto and not is_gated and self.cost > self.target_cost:
+                self._prune(is_last=True)
             return
         self._prune(is_last=True)  # where it refuses, the run can go on as planned
         self.stop = self.step

@@ -136,13 +136,17 @@ class BudgetSearch:
                 "a better model. Return a loss, or set target_r to a number."
             )
         trained = _Order("sensitivity", _joined([m.ema for m in self.modules]), self.total, whole)
-        self._measure_ranks(trained)
+        has_scores = bool(trained.scores.any())
+        if has_scores:
+            self._measure_ranks(trained)
         if any(m.is_gated for m in self.modules):
             return self._smallest(trained, self._limits(trained))
         with self._rotated():
             energy = _joined(norms(self.modules, "norm")).square()
             rotated = _Order("energy", energy, self.total, whole)
             self._measure_ranks(rotated)
+            if not has_scores:
+                return self._smallest(rotated, self._limits(rotated))
         limits = self._limits(trained, rotated)
         found = self._smallest(trained, limits)
         with self._rotated():

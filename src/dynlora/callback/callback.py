@@ -51,7 +51,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             ``dynlora.report.rank_image``; None draws nothing.
         score: a function instead of an importance by name; see RankAllocator.
         freeze_on_stop: whether a run that ends before the freeze, by early stopping say, is cut to its
-            target then; otherwise it keeps all living components, with a warning.
+            target then; otherwise it keeps all living components, with a warning. With ``auto`` it is
+            always cut then, and so is a best checkpoint from before the freeze.
         preset: ``paper`` for the paper's values of the settings that are not given.
         settings: other fields of ``dynlora.allocation.Settings``.
 
@@ -179,7 +180,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         self._seen = self.allocator.step
         self._is_complete = state.global_step >= state.max_steps
         if self._is_complete:
-            self.allocator.detach()
+            self.allocator.stop_listening()  # load_best_model_at_end may ask for other ranks yet
         put_first(LiveLogs(self.allocator, self.rank_image), calling_self(CallbackHandler))
         self._open_history(args, state)
 
@@ -238,7 +239,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         says how to leave them out.
         """
         allocator = self._running()
-        if self.freeze_on_stop and not allocator.is_frozen and not self._is_complete:
+        is_wanted = self.freeze_on_stop or allocator.settings.is_auto
+        if is_wanted and (allocator.is_frozen or not self._is_complete):
             allocator.freeze_()
         cost = allocator.cost  # gated modules are not there to be asked once they are folded
         is_sharded = any(module.is_sharded for module in allocator.modules)

@@ -47,7 +47,7 @@ def shrink(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Share of the gain that may be lost.", show_default="0.01"),
+        typer.Option(metavar="X", help="Share of the gain that may be lost.", show_default="0.003"),
     ] = None,
     uniform: Annotated[bool, flag("--uniform", "One rank everywhere, padded with zeros.")] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in a batch.")] = 8,

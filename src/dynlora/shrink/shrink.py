@@ -23,7 +23,7 @@ from dynlora.shrink.rows import read_rows
 from dynlora.shrink.search import search
 from dynlora.shrink.spectrum import Cut, Spectra, decompose
 
-DEFAULT_TOLERANCE = 0.01
+DEFAULT_TOLERANCE = 0.003
 
 TOLERANCE = 1e-6
 """Relative to each ΔW, for factors in float32; half precision adds its own rounding."""
@@ -67,7 +67,7 @@ def shrink_adapter(
         data: .csv or .jsonl with held-out texts: column ``text``, for a classifier also ``label``.
         tolerance: share of the adapter's gain on ``data`` that may be lost, in [0, 1): keep the least
             whose loss is at most whole + tolerance · (without − whole), the losses with the whole adapter
-            and without any component. 0.01 if ``data`` is given and no other rule.
+            and without any component. 0.003 if ``data`` is given and no other rule.
         uniform: give every module the largest kept rank, filled up with zeros.
         batch_size: texts in a batch.
         max_length: tokens of a text; longer ones are cut.
@@ -153,7 +153,7 @@ def _check_rules(
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ValueError(
             f"tolerance={tolerance} must be 0 or more and below 1: it is the share of the adapter's gain "
-            "in held-out loss that may be lost, as 0.01."
+            "in held-out loss that may be lost, as 0.003."
         )
 
 
