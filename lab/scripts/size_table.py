@@ -208,15 +208,16 @@ def picture(sizes: Sizes, path: Path) -> None:
     columns = min(3, len(sizes.tasks))
     rows = -(-len(sizes.tasks) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.9 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(3.6 * columns + 1.6, 2.9 * rows), layout="constrained", squeeze=False
     )
+    others = [name for name in sizes.methods if name not in sizes.loras()]
     for ax, task in zip(axes.flat, sizes.tasks, strict=False):
         loras = [_point(sizes, name, task) for name in sizes.loras()]
         ax.errorbar(*zip(*loras, strict=True), fmt="o-", color="grey", capsize=2, label="LoRA")
-        for name in sizes.methods:
-            if name not in sizes.loras():
-                size, score, error = _point(sizes, name, task)
-                ax.errorbar([size], [score], [error], fmt="s", capsize=2, label=name)
+        for i, name in enumerate(others):
+            size, score, error = _point(sizes, name, task)
+            mark = {"fmt": "sD^vP"[i % 5], "color": f"C{i % 7}"}  # 35 methods, each a pair of its own
+            ax.errorbar([size], [score], [error], capsize=2, label=name, **mark)
         ax.set_xscale("log", base=2)
         ax.set_xticks([size for size, _, _ in loras], [f"{size:.2g}" for size, _, _ in loras])
         ax.set_title(f"{task} ({sizes.metric[task]})", fontsize=9)
@@ -224,7 +225,7 @@ def picture(sizes: Sizes, path: Path) -> None:
             ax.invert_yaxis()
     for ax in axes.flat[len(sizes.tasks) :]:
         ax.set_visible(False)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.supxlabel("parameters, as a share of the largest", fontsize=9)
     figure.savefig(path, dpi=110)
 
