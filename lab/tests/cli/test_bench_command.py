@@ -97,6 +97,16 @@ def test_a_cell_that_is_tried_again_tells_of_itself_once(two, tmp_path, monkeypa
     assert way_out.startswith("dynlora: 1 cell failed;")
 
 
+def test_a_cell_that_is_not_due_is_refused_and_the_others_run(two, tmp_path, monkeypatch):
+    run_here(monkeypatch)
+    folder = tmp_path / "results"
+    other = LORA.replace("0.03", "0.3")
+    ran = bench(two, "--results", folder, "--cell", LORA, "--cell", other)
+    assert ran.exit_code == 2
+    assert f"--cell {other} names no cell that is due" in " ".join(ran.stderr.split())
+    assert read_results(folder).keys() == {LORA}
+
+
 PARAGRAPH = "ValueError: " + "the checkpoint has ranks that this model cannot take; " * 20
 
 

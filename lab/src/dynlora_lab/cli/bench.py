@@ -102,6 +102,7 @@ def bench(wishes: Wishes) -> int:
                 print_error(f"stopped; go on with: {shared.command}")
                 return INTERRUPTED
             _show_tables(folder)
+            _check_asked(wishes.cells, folder)
     except (RecipeError, OSError) as error:
         return report_error(error, code=USER_MISTAKE, debug=wishes.debug)
     except RuntimeError as error:
@@ -158,6 +159,17 @@ def _shared(wishes: Wishes, suite: Suite, folder: Path) -> Bench:
         only=frozenset(wishes.cells) or None,
         stop=threading.Event(),
     )
+
+
+def _check_asked(keys: list[str], folder: Path) -> None:
+    """RecipeError if a cell that was asked for by name has no result, since none of these names is due."""
+    known = read_results(folder)
+    if missing := [key for key in keys if key not in known]:
+        raise RecipeError(
+            f"--cell {missing[0]} names no cell that is due, so nothing ran for it. A name is "
+            "TASK--METHOD--lrRATE--seedSEED. Seeds of the suite run at the learning rate that its sweep "
+            "chose, once the sweep has ended: the names of all cells are in the folder cells/ as they end."
+        )
 
 
 def _free_failed(folder: Path) -> None:
