@@ -207,16 +207,16 @@ def picture(sizes: Sizes, path: Path) -> None:
 
     columns = min(3, len(sizes.tasks))
     rows = -(-len(sizes.tasks) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns + 1.6, 2.9 * rows), layout="constrained", squeeze=False
-    )
+    size = (3.6 * columns + 1.6, 2.9 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     others = [name for name in sizes.methods if name not in sizes.loras()]
     for ax, task in zip(axes.flat, sizes.tasks, strict=False):
         loras = [_point(sizes, name, task) for name in sizes.loras()]
         ax.errorbar(*zip(*loras, strict=True), fmt="o-", color="grey", capsize=2, label="LoRA")
         for i, name in enumerate(others):
             size, score, error = _point(sizes, name, task)
-            mark = {"fmt": "sD^vP"[i % 5], "color": f"C{i % 7}"}  # 35 methods, each a pair of its own
+            # 35 pairs of mark and colour
+            mark = {"fmt": "sD^vP"[i % 5], "color": f"C{i % 7}"}
             ax.errorbar([size], [score], [error], capsize=2, label=name, **mark)
         ax.set_xscale("log", base=2)
         ax.set_xticks([size for size, _, _ in loras], [f"{size:.2g}" for size, _, _ in loras])
