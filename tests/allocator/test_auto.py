@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynlora import DynLoraCallback, NotFiniteError, RankAllocator
+from dynlora.report.conclusion import conclusion
+from dynlora.report.run import read_run
 from small_net import SmallNet, adamw, adapted, data, train
 
 WIDTHS = (6, 16, 16, 4)
@@ -289,6 +291,12 @@ def test_a_best_checkpoint_from_before_the_freeze_is_cut_too(tmp_path, end):
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     (ended,) = [line for line in lines if line["event"] == "end"]
     assert ended["ranks"] == callback.ranks
+    assert ended["kept_step"] == 10
+    logs = [log for log in run.state.log_history if log["step"] == 10 and "eval_loss" in log]
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"after step 10 | |\n|---|---|\n| loss | {logs[0]['eval_loss']:.4g} |" in card
+    told = conclusion(read_run(tmp_path))
+    assert f"evaluation loss {logs[0]['eval_loss']:.4g}" in told.lower()
 
 
 def test_the_best_checkpoint_is_cut_alike_after_a_kill(tmp_path):

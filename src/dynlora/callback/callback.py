@@ -245,10 +245,13 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
         cost = allocator.cost  # gated modules are not there to be asked once they are folded
         is_sharded = any(module.is_sharded for module in allocator.modules)
         self.ranks = allocator.finalize_()
-        self._write_end(allocator, cost)
+        has_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        kept = state.best_global_step if has_best else state.global_step
+        self._write_end(allocator, cost, kept)
         if self._file is not None:
             folder, model = Path(args.output_dir), kwargs["model"]
-            write_card(folder, model, self._plan, self.ranks, state.log_history)
+            logs = [log for log in state.log_history if log["step"] <= kept]
+            write_card(folder, model, self._plan, self.ranks, logs)
         if is_sharded:
             warnings.warn(
                 "The adapter is sharded (FSDP, ZeRO), so pruned components stay in it as zeros. Call "
@@ -298,9 +301,10 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             self._write("prune", **entry)
         self._written = len(history)
 
-    def _write_end(self, allocator: RankAllocator, cost: int) -> None:
+    def _write_end(self, allocator: RankAllocator, cost: int, kept_step: int) -> None:
         self._write_prune_events()
         at_end = {"ranks": self.ranks, "live": sum(self.ranks.values()), "cost": cost}
+        at_end |= {"kept_step": kept_step}
         at_end |= {"is_frozen": allocator.is_frozen, "memory_bytes": memory_bytes()}
         self._write("end", step=allocator.step, **at_end)
 

@@ -26,7 +26,7 @@ def conclusion(run: Run) -> str:
     sentences = [so_far + _size(run)]
     if run.auto is not None:
         sentences.append(which_rank(run.auto).rstrip("."))
-    scores = [f"{metric_label(name)} {run.series(name)[-1][1]:.4g}" for name in run.metrics()]
+    scores = [f"{metric_label(name)} {run.score(name):.4g}" for name in run.metrics()]
     if scores:
         text = ", ".join(reversed(scores))
         sentences.append(text[0].upper() + text[1:])
@@ -71,7 +71,7 @@ def summary_row(run: Run) -> dict[str, str]:
         cut, back = (sum(e.get(k, 0) for e in prunes) for k in ("cut", "revived"))
         row["prunings"] = f"{len(prunes)}, {cut:,} cut, {back:,} revived"
     for name in run.metrics():
-        row[metric_label(name)] = f"{run.series(name)[-1][1]:.4g}"
+        row[metric_label(name)] = f"{run.score(name):.4g}"
     row["time"] = duration(run.seconds)
     if run.peak_bytes:
         row["peak memory"] = f"{run.peak_bytes / 2**20:,.0f} MiB"

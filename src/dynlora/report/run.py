@@ -131,6 +131,13 @@ class Run:
         logs = [(event["step"], event["logs"].get(key)) for event in self.of("log")]
         return [(step, float(v)) for step, v in logs if isinstance(v, int | float)]
 
+    def score(self, name: str) -> float:
+        """The last value of a metric, in a finished run at the step whose weights were kept."""
+        kept = next((event.get("kept_step") for event in reversed(self.of("end"))), None)
+        series = self.series(name)
+        known = [value for step, value in series if kept is None or step <= kept]
+        return known[-1] if known else series[-1][1]
+
     def metrics(self) -> list[str]:
         """Names of what evaluations measured, the loss first; run times are no metric."""
         names = {k for event in self.of("log") for k in event["logs"] if k.startswith("eval_")}
