@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from dynlora import allocation
 from dynlora._private import can_rebuild, is_inner_step, rebuild_reducer_
 from dynlora.allocator import checks, guard
-from dynlora.allocator.auto import BudgetSearch, Choice, Evaluate
+from dynlora.allocator.auto import BudgetSearch, Choice, Evaluate, whole_loss
 from dynlora.allocator.checks import reading_is_free
 from dynlora.allocator.compaction import compact_, forget_parameters_
 from dynlora.allocator.copies import AveragedCopies
@@ -362,6 +362,10 @@ class RankAllocator:
                 "finalize_() it before going on."
             )
         self.step += 1
+        if self.step == 1 and self.settings.is_auto:
+            assert self.evaluate is not None  # noqa: S101  # check_evaluate has seen to it
+            # what cannot be compared is refused now, not after the last step
+            whole_loss(self.evaluate, self.present[0].ema.device)
         if not self.is_frozen:
             self.score(self.present, self.step)
             first = self.stop - 1 if self.settings.is_auto else self.start

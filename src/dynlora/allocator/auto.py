@@ -70,6 +70,27 @@ class Choice:
         }
 
 
+def whole_loss(evaluate: Evaluate, device: torch.device) -> float:
+    """The held-out loss of the whole adapter, the same on every process.
+
+    Raises:
+        NotFiniteError: it is NaN or infinite.
+        ValueError: it is 0 or negative.
+    """
+    whole = mean_over_processes(evaluate(), device)
+    if not math.isfinite(whole):
+        raise NotFiniteError(
+            f"the held-out loss is {whole} with all components, so no smaller adapter can be "
+            "compared with it. Look at the held-out data, and go on from the last checkpoint."
+        )
+    if whole <= 0:
+        raise ValueError(
+            f"evaluate returned {whole}: target_r='auto' compares losses, positive and smaller for "
+            "a better model. Return a loss, or set target_r to a number."
+        )
+    return whole
+
+
 class _Order:
     """Components in one order, and the loss of each budget that was tried in it."""
 
@@ -124,17 +145,7 @@ class BudgetSearch:
     @torch.no_grad()
     def search(self) -> Choice:
         """Find the smallest budget; the model is unchanged afterwards."""
-        whole = self._evaluate()
-        if not math.isfinite(whole):
-            raise NotFiniteError(
-                f"the held-out loss is {whole} with all components, so no smaller adapter can be "
-                "compared with it. Look at the held-out data, and go on from the last checkpoint."
-            )
-        if whole <= 0:
-            raise ValueError(
-                f"evaluate returned {whole}: target_r='auto' compares losses, positive and smaller for "
-                "a better model. Return a loss, or set target_r to a number."
-            )
+        whole = whole_loss(self.evaluate, self.modules[0].ema.device)
         trained = _Order("sensitivity", _joined([m.ema for m in self.modules]), self.total, whole)
         has_scores = bool(trained.scores.any())
         if has_scores:
