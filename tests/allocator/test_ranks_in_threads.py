@@ -229,6 +229,7 @@ def test_a_sharded_run_of_trainer_keeps_its_shapes_and_says_how_to_export_it(tmp
         arguments = SimpleNamespace(
             output_dir=str(tmp_path / str(rank)),
             fp16=False,
+            load_best_model_at_end=False,
             save_strategy="no",
             restore_callback_states_from_checkpoint=False,
         )
