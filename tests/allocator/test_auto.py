@@ -182,6 +182,7 @@ def test_a_loss_that_cannot_be_compared_is_refused(value, error):
     allocator = RankAllocator(model, built, total_steps=10, target_r="auto", evaluate=lambda: value)
     with pytest.raises(error):  # at once, and not after the last step
         train(model, built, 1)
+    assert allocator.history == []
 
 
 class WithLoss(torch.nn.Module):
