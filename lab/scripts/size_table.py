@@ -207,8 +207,10 @@ def picture(sizes: Sizes, path: Path) -> None:
 
     columns = min(3, len(sizes.tasks))
     rows = -(-len(sizes.tasks) // columns)
-    size = (3.6 * columns + 1.6, 2.9 * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    inches = (3.6 * columns + 1.6, 2.9 * rows)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=inches, layout="constrained", squeeze=False
+    )
     others = [name for name in sizes.methods if name not in sizes.loras()]
     for ax, task in zip(axes.flat, sizes.tasks, strict=False):
         loras = [_point(sizes, name, task) for name in sizes.loras()]

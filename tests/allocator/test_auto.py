@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from dynlora import DynLoraCallback, NotFiniteError, RankAllocator
 from dynlora.report.conclusion import conclusion
 from dynlora.report.run import read_run
 from small_net import SmallNet, adamw, adapted, data, train
+from small_trainer import StopsAt
 
 WIDTHS = (6, 16, 16, 4)
 
@@ -237,14 +238,6 @@ def test_the_trainers_evaluation_set_decides_and_draws_no_random_number(tmp_path
 def test_a_trainer_without_an_evaluation_set_is_refused_before_it_trains(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer(tmp_path, DynLoraCallback(target_r="auto"), held_out=False).train()
-
-
-class StopsAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 def within_the_limit(run, callback):

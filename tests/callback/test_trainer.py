@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from dynlora import DynLoraCallback, NotFiniteError, dem_loss
 from small_trainer import (
     SAVE_ALL,
+    StopsAt,
     WithLoss,
     callback_with,
     logits,
@@ -244,14 +245,6 @@ def test_early_stopping_cuts_to_the_target_if_it_is_asked_to(tmp_path):
     run.train()
     assert callback.allocator.is_frozen
     assert 0 < sum(p.numel() for p in weights(run.model).values()) <= 17
-
-
-class StopsAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @both_kinds

@@ -3,7 +3,7 @@
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynlora import DynLoraCallback
 from small_net import SmallNet, configured, data
@@ -68,6 +68,16 @@ def trainer_of(path, *, gated=False, callbacks=(), arguments=None, **fields):
         fields.pop(name, None)
     model = model_with(gated=gated, **fields)
     return trainer(path, model, [*callbacks, callback], **(arguments or {})), callback
+
+
+class StopsAt(TrainerCallback):
+    """Ends training after a step, as early stopping does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 def logits(model):

@@ -304,8 +304,8 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
     def _write_end(self, allocator: RankAllocator, cost: int, kept_step: int) -> None:
         self._write_prune_events()
         at_end = {"ranks": self.ranks, "live": sum(self.ranks.values()), "cost": cost}
-        at_end |= {"kept_step": kept_step}
-        at_end |= {"is_frozen": allocator.is_frozen, "memory_bytes": memory_bytes()}
+        at_end |= {"kept_step": kept_step, "is_frozen": allocator.is_frozen}
+        at_end |= {"memory_bytes": memory_bytes()}
         self._write("end", step=allocator.step, **at_end)
 
     def _write(self, event: str, **fields: Any) -> None:

@@ -102,12 +102,13 @@ def bench(wishes: Wishes) -> int:
                 print_error(f"stopped; go on with: {shared.command}")
                 return INTERRUPTED
             _show_tables(folder)
-            _check_asked(wishes.cells, folder)
+            results = read_results(folder)
+            _check_asked(wishes.cells, results)
     except (RecipeError, OSError) as error:
         return report_error(error, code=USER_MISTAKE, debug=wishes.debug)
     except RuntimeError as error:
         return report_error(error, code=EXIT_FAILED, debug=wishes.debug)
-    failed = [k for k, r in read_results(folder).items() if r["status"] == FAILED]
+    failed = [k for k, r in results.items() if r["status"] == FAILED]
     if failed:
         print_error(
             f"{_cells(len(failed))} failed; run again with: {shared.command} --retry-failed"
@@ -161,10 +162,9 @@ def _shared(wishes: Wishes, suite: Suite, folder: Path) -> Bench:
     )
 
 
-def _check_asked(keys: list[str], folder: Path) -> None:
+def _check_asked(keys: list[str], results: Mapping[str, Result]) -> None:
     """RecipeError if a cell that was asked for by name has no result, since none of these names is due."""
-    known = read_results(folder)
-    if missing := [key for key in keys if key not in known]:
+    if missing := [key for key in keys if key not in results]:
         raise RecipeError(
             f"--cell {missing[0]} names no cell that is due, so nothing ran for it. A name is "
             "TASK--METHOD--lrRATE--seedSEED. Seeds of the suite run at the learning rate that its sweep "
