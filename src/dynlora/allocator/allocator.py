@@ -38,7 +38,6 @@ from dynlora.lora.adapter import LoraAdapter
 from dynlora.lora.components import LoraComponents
 from dynlora.lora.configs import recorded_fields
 from dynlora.lora.follow import AdapterStart
-from dynlora.lora.rotation import rotate_
 
 
 class RankAllocator:
@@ -386,8 +385,10 @@ class RankAllocator:
         if not self.is_frozen:  # else the scores of what came back are gone
             self.score.check(self.present, self.step)
         choice = self._search() if self.settings.is_auto else None
-        smoothed = _gathered([m.ema.float() for m in self.modules])
-        scores = smoothed if choice is None else choice.scores
+        if choice is None:
+            scores = _gathered([m.ema.float() for m in self.modules])
+        else:  # frozen, the state has the shapes of another checkpoint, and no step will follow
+            scores = choice.turn_(None if self.is_frozen else self.optimizer)
         before = _gathered([m.live for m in self.modules])
         if not self.settings.revival:
             scores[~before] = -1.0
@@ -407,18 +408,17 @@ class RankAllocator:
         self.history.append(event if choice is None else {**event, "auto": choice.record()})
 
     def _search(self) -> Choice:
-        """Find the budget by held-out loss, and turn the components if their energy decides."""
+        """Find the budget by held-out loss."""
         assert self.evaluate is not None  # noqa: S101  # check_evaluate has seen to it
         tolerance = self.settings.tolerance
         rows = [i for i, m in enumerate(self.modules) if not m.is_dropped]
         costs, floors = ([values[i] for i in rows] for values in (self._costs, self._floors))
-        search = BudgetSearch(self.present, costs, floors, self.evaluate, tolerance=tolerance)
+        is_own = isinstance(self.score, OwnScore) or self.settings.importance != "sensitivity"
+        search = BudgetSearch(
+            self.present, costs, floors, self.evaluate, tolerance=tolerance, has_own_score=is_own
+        )
         choice = search.search()
         self.target_cost = choice.curve.budget
-        if choice.order == "energy":
-            for module in self.present:
-                # frozen, its state has the shapes of another checkpoint, and no step will follow
-                rotate_(module, None if self.is_frozen else self.optimizer)
         return choice
 
     @torch.no_grad()

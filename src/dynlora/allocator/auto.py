@@ -4,24 +4,32 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dynlora import allocation
 from dynlora.allocation.bisection import BudgetCurve, smallest_budget
 from dynlora.allocator.masks import Masks
-from dynlora.allocator.processes import mean_over_processes
-from dynlora.allocator.scores import norms
+from dynlora.allocator.processes import mean_over_processes, sum_over_processes_
 from dynlora.errors import NotFiniteError
 from dynlora.lora.components import LoraComponents
-from dynlora.lora.rotation import rotate_
+from dynlora.lora.curvature import Curvature
+from dynlora.lora.triplets import to_singular_
 
 Evaluate = Callable[[], float]
-"""The held-out loss of the model as it is now, positive; smaller is better. It must not train anything."""
+"""The held-out loss of the model as it is now, positive; smaller is better. It must not train anything.
+
+It may have a method ``backward()``, an iterator over held-out batches that leaves the gradients of one in the
+parameters at each step, and the parameters' own gradients in their place at its end."""
+
+Turn = Callable[[Optimizer | None], Tensor]
+"""Puts the components into the basis of an order, in place, the optimizer's state with them; their scores."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +54,19 @@ class Choice:
     """What was found.
 
     Attributes:
-        order: what components were ranked by: ``sensitivity`` as trained, or ``energy`` after a rotation.
+        order: what components were ranked by: ``energy`` of singular triplets, ``curvature``, or ``scores`` as
+            trained.
         curve: budgets tried in this order, and the loss of each.
         limits: what was accepted, and why.
         by_rank: loss at the size of a LoRA of rank 1, 2, 4, … in this order, as (rank, cost, loss).
-        scores: of all components in this order, (components,).
+        turn_: into the basis of this order; the search itself leaves the components in that of training.
     """
 
     order: str
     curve: BudgetCurve
     limits: Limits
     by_rank: tuple[tuple[int, int, float], ...]
-    scores: Tensor
+    turn_: Turn
 
     def record(self) -> dict[str, Any]:
         """For the history; plain numbers."""
@@ -94,8 +103,9 @@ def whole_loss(evaluate: Evaluate, device: torch.device) -> float:
 class _Order:
     """Components in one order, and the loss of each budget that was tried in it."""
 
-    def __init__(self, name: str, scores: Tensor, total: int, whole: float) -> None:
-        self.name, self.scores, self.seen = name, scores, {total: whole}
+    def __init__(self, name: str, turn_: Turn, total: int, whole: float) -> None:
+        self.name, self.turn_, self.seen = name, turn_, {total: whole}
+        self.scores = torch.empty(0)  # known once the components are in the order's basis
 
     @property
     def lowest(self) -> float:
@@ -111,11 +121,12 @@ class _Order:
 class BudgetSearch:
     """Puts all components of a model into one order and bisects it against the held-out loss.
 
-    Two orders are tried: sensitivity in the basis that was trained, and the energy (squared norm) of
-    components that are first made orthogonal to each other. Both are measured at the sizes of LoRAs of rank
-    1, 2, 4, …; the lowest loss of these and of the whole adapter, which may overfit, is what a smaller one
-    is compared with. From there each order is walked down to the smallest size within the tolerance, the
-    second only where it is accepted at the size that the first needs; it wins if it needs less.
+    Two orders are tried: the energy (σ²) of the singular triplets of each module, and, where ``evaluate`` gives gradients, the curvature of the held-out loss in the basis of
+    ``dynlora.lora.curvature``; without gradients, or with a score of the user's own, the scores in the
+    basis that was trained. All are measured at the sizes of LoRAs of rank 1, 2, 4, …; the lowest loss of
+    these and of the whole adapter, which may overfit, is what a smaller one is compared with. From there an
+    order is walked down to the smallest size within the tolerance, the next only where it is accepted at
+    the size that the one before needs; it wins if it needs less.
 
     ``costs`` are those of one component of each module, ``floors`` the components that each keeps;
     ``tolerance`` is the share of the adapter's gain that may be lost: of the difference between the lowest
@@ -131,9 +142,11 @@ class BudgetSearch:
         evaluate: Evaluate,
         *,
         tolerance: float,
+        has_own_score: bool = False,
     ) -> None:
         self.modules, self.floors = modules, floors
         self.evaluate, self.tolerance = evaluate, tolerance
+        self.has_own_score = has_own_score
         self.sizes = [m.rank for m in modules]
         self.prices = torch.tensor(costs).repeat_interleave(torch.tensor(self.sizes))
         self.total = int(self.prices.sum())
@@ -146,25 +159,51 @@ class BudgetSearch:
     def search(self) -> Choice:
         """Find the smallest budget; the model is unchanged afterwards."""
         whole = whole_loss(self.evaluate, self.modules[0].ema.device)
-        trained = _Order("sensitivity", _joined([m.ema for m in self.modules]), self.total, whole)
-        has_scores = bool(trained.scores.any())
-        if has_scores:
-            self._measure_ranks(trained)
+        orders = [_Order(name, turn_, self.total, whole) for name, turn_ in self._turns().items()]
+        for order in orders:
+            with self._turned(order):
+                for _, cost in self.by_rank:
+                    self._loss_at(cost, order)
+        limits = self._limits(*orders)
+        found: Choice | None = None
+        for order in orders:
+            with self._turned(order):
+                if found is None:
+                    found = self._smallest(order, limits)
+                elif self._loss_at(found.curve.budget, order) <= limits.limit:
+                    other = self._smallest(order, limits)
+                    found = min(found, other, key=lambda choice: choice.curve.budget)
+        assert found is not None  # noqa: S101  # there is an order
+        if found.curve.budget == self.total:  # nothing goes, so nothing has to be turned
+            return replace(found, turn_=partial(_as_trained, self.modules))
+        return found
+
+    def _turns(self) -> dict[str, Turn]:
+        """By name of the order; gates stand in front of components as trained, so those are not turned."""
+        trained = {"scores": partial(_as_trained, self.modules)}
         if any(m.is_gated for m in self.modules):
-            return self._smallest(trained, self._limits(trained))
-        with self._rotated():
-            energy = _joined(norms(self.modules, "norm")).square()
-            rotated = _Order("energy", energy, self.total, whole)
-            self._measure_ranks(rotated)
-            if not has_scores:
-                return self._smallest(rotated, self._limits(rotated))
-        limits = self._limits(trained, rotated)
-        found = self._smallest(trained, limits)
-        with self._rotated():
-            if self._loss_at(found.curve.budget, rotated) > limits.limit:
-                return found
-            other = self._smallest(rotated, limits)
-        return min(found, other, key=lambda choice: choice.curve.budget)
+            return trained
+        turns: dict[str, Turn] = {"energy": partial(_to_energy_, self.modules)}
+        curvature = self._curvature()
+        if curvature is not None:
+            turns["curvature"] = curvature.turn_
+        has_scores = any(bool(m.ema.any()) for m in self.modules)
+        if has_scores and (self.has_own_score or curvature is None):
+            turns |= trained
+        return turns
+
+    def _curvature(self) -> Curvature | None:
+        """Of the held-out loss, over the batches of all processes; None where there are no gradients."""
+        backward = getattr(self.evaluate, "backward", None)
+        if backward is None:
+            return None
+        curvature = Curvature(self.modules)
+        with torch.enable_grad():
+            for _ in backward():
+                curvature.add()
+        for pair in curvature.sums:
+            sum_over_processes_(pair)
+        return curvature
 
     def _limits(self, *orders: _Order) -> Limits:
         """The highest loss that is accepted, and what it is computed from."""
@@ -182,10 +221,6 @@ class BudgetSearch:
         whole = orders[0].seen[self.total]
         return Limits(without, whole, reference, limit=reference + self.tolerance * gain)
 
-    def _measure_ranks(self, order: _Order) -> None:
-        for _, cost in self.by_rank:
-            self._loss_at(cost, order)
-
     def _smallest(self, order: _Order, limits: Limits) -> Choice:
         """Walk down from the largest of the best sizes, or stay whole if none of this order is accepted."""
         curve = smallest_budget(
@@ -196,7 +231,7 @@ class BudgetSearch:
             first=[cost for _, cost in reversed(self.by_rank)],
         )
         by_rank = tuple((r, cost, order.seen[cost]) for r, cost in self.by_rank)
-        return Choice(order.name, curve, limits, by_rank, order.scores)
+        return Choice(order.name, curve, limits, by_rank, order.turn_)
 
     def _loss_at(self, budget: int, order: _Order) -> float:
         """The held-out loss with what fits into the budget; each is measured once."""
@@ -224,11 +259,10 @@ class BudgetSearch:
         return loss if math.isfinite(loss) else math.inf
 
     @contextmanager
-    def _rotated(self) -> Iterator[None]:
-        """Components orthogonal to each other, for a while."""
+    def _turned(self, order: _Order) -> Iterator[None]:
+        """Components in the basis of an order, for a while."""
         with self._restored():
-            for module in self.modules:
-                rotate_(module)
+            order.scores = order.turn_(None)
             yield
 
     @contextmanager
@@ -242,6 +276,16 @@ class BudgetSearch:
         finally:
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
+
+
+def _as_trained(modules: Sequence[LoraComponents], _optimizer: Optimizer | None) -> Tensor:
+    """The smoothed scores; nothing is turned."""
+    return _joined([m.ema for m in modules])
+
+
+def _to_energy_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> Tensor:
+    """Make the components of each module singular triplets, in place; (s·σ)² of each."""
+    return _joined([to_singular_(module, optimizer) for module in modules])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

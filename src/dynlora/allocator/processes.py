@@ -48,6 +48,12 @@ def mean_over_processes(value: float, device: torch.device) -> float:
     return float(total) / world_size()
 
 
+def sum_over_processes_(tensor: Tensor) -> None:
+    """Let every process hold the sum of the processes' tensors; all of them must call it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 class DdpFinder:
     """Finds the DistributedDataParallel around a model that one was only given from the inside.
 

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,27 @@ def cell_result(
         ],
         "recipe": json.loads(json.dumps(plain, default=str)),
         **{name: record.get(name) for name in KEPT},
+        **(
+            {"cuts": [_cut(c, value, select, report) for c in record["cuts"]]}
+            if "cuts" in record
+            else {}
+        ),
+    }
+
+
+def _cut(
+    cut: Mapping[str, Any],
+    value: Callable[[Mapping[str, Any], Sequence[str]], float],
+    select: str,
+    report: Sequence[str],
+) -> dict[str, Any]:
+    """A smaller adapter: what it is, its metric and its loss on the selecting set and on those shown."""
+    return {
+        **{name: cut[name] for name in ("order", "rank", "parameters")},
+        "selected": value(cut, [select]),
+        "reported": value(cut, report),
+        "selected_loss": cut[f"eval_{select}_loss"],
+        "reported_loss": sum(cut[f"eval_{name}_loss"] for name in report) / len(report),
     }
 
 

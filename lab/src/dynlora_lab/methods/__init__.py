@@ -10,6 +10,7 @@ from dynlora.allocation import Settings
 from dynlora_lab.methods.adalora import adalora
 from dynlora_lab.methods.adapted import Adapted, Target
 from dynlora_lab.methods.bottleneck import houlsby, pfeiffer
+from dynlora_lab.methods.cuts import lora_cuts
 from dynlora_lab.methods.dynamic import dynlora, dynlora_auto, dynlora_gated, gated, random
 from dynlora_lab.methods.fisher import fim
 from dynlora_lab.methods.lora import lora, lora_initial, lora_svd
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[[AdapterOptions, Target], Adapted]] = {
     "gated": gated,
     "random": random,
     "lora-svd": lora_svd,
+    "lora-cuts": lora_cuts,
     "cont-squeeze": cont_squeeze,
     "in-squeeze": in_squeeze,
     "dynlora-rotated": dynlora_rotated,

@@ -1,8 +1,9 @@
 """What a method makes of a base model."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -46,6 +47,8 @@ class Adapted:
         save: writes what was trained to a folder; None leaves it to ``Trainer.save_model``.
         can_resume: whether a run can go on from a checkpoint.
         optimizer: (arguments of the Trainer) -> the optimizer; None for the one that they name.
+        cuts: called once everything is measured and saved: puts one smaller adapter after the other into the
+            model, each to be measured too, and says what it is.
     """
 
     model: nn.Module
@@ -58,6 +61,7 @@ class Adapted:
     save: Callable[[Path], object] | None = None
     can_resume: bool = True
     optimizer: Callable[[TrainingArguments], Optimizer] | None = None
+    cuts: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
 
 
 def trainable_beside(model: nn.Module, head: list[str]) -> int:

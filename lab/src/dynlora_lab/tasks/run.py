@@ -108,6 +108,8 @@ def run(
         }
     _save(trainer, recipe, adapted)
     _conclude(recipe, record, trainer, adapted, metrics)
+    if cuts := [about | trainer.evaluate() for about in adapted.cuts()]:
+        record["cuts"] = cuts
     if trainer.is_world_process_zero():
         prepared.written.write(recipe.output)
         write_card(recipe, record)
