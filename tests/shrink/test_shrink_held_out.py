@@ -121,7 +121,7 @@ def test_both_orders_are_measured_about_eight_times_and_the_smaller_is_taken(lan
     done = shrink_adapter(
         language / "lora", model=str(language / "base"), data=language / "val.jsonl", tolerance=0.1
     )
-    by_order = {"singular values": [], "sensitivity": []}
+    by_order = {"singular values": [], "curvature": []}
     for point in done.points:
         by_order[point.order].append(point)
     for points in by_order.values():
@@ -141,30 +141,41 @@ def held_out_limit():
     return EVALUATIONS
 
 
-def test_sensitivity_is_what_a_finite_difference_of_sigma_says(language):
+def test_the_basis_of_curvature_is_the_same_adapter_and_its_worth_foretells_the_loss(language):
     from dynlora.adapter_files.updates import read
     from dynlora.shrink.rows import read_rows
     from dynlora.shrink.spectrum import Spectra, decompose
 
     adapter = read(language / "lora")
-    modules = [decompose(update) for update in adapter.updates]
+    spectra = Spectra(adapter, [decompose(update) for update in adapter.updates])
     rows = read_rows(language / "val.jsonl")
-    sizes = {"batch_size": len(rows.texts), "max_length": 32}
     held = held_out.HeldOut(
-        Spectra(adapter, modules), language / "lora", str(language / "base"), rows, **sizes
+        spectra, language / "lora", str(language / "base"), rows, batch_size=1, max_length=32
     )
-    found = held.sensitivity()
-    whole = [torch.ones(8, dtype=torch.bool)] * len(modules)
-    tokens = sum(count for _, count in held._batches)
-    for place in (0, 5):
-        step, sigma = 1e-2, modules[place].sigma.clone()
-        losses = []
-        for sign in (1, -1):
-            modules[place].sigma[:, 0] = sigma[:, 0] * (1 + sign * step)
-            losses.append(held.loss(whole))
-        modules[place].sigma.copy_(sigma)
-        slope = abs(losses[0] - losses[1]) / (2 * step)
-        assert float(found[place][0]) / tokens == pytest.approx(slope, rel=0.02, abs=1e-5)
+    curved, worth = held.curved()
+    whole = held.loss(spectra, spectra.everything)
+    assert held.loss(curved, curved.everything) == pytest.approx(whole, rel=1e-4)
+    for module, values in zip(curved.modules, worth, strict=True):
+        assert bool((values.diff() <= 0).all())
+        assert torch.allclose(module.left.norm(dim=1), torch.ones(1, module.count), atol=1e-4)
+    every = torch.cat([w.expand(1, -1).flatten() for w in worth])
+    by_worth = every.argsort()
+    rises = []
+    for part in (by_worth[: len(by_worth) // 2], by_worth[len(by_worth) // 2 :]):
+        mask = torch.ones(len(every), dtype=torch.bool)
+        mask[part] = False
+        rises.append(held.loss(curved, mask.split([m.count for m in curved.modules])) - whole)
+    assert rises[0] < 0.2 * rises[1]
+
+
+def test_a_rule_of_size_takes_the_order_that_loses_less_on_the_data(language):
+    data = {"model": str(language / "base"), "data": language / "val.jsonl"}
+    for mean_rank in (1, 2, 4):
+        measured = shrink_adapter(language / "lora", mean_rank=mean_rank, **data)
+        blind = shrink_adapter(language / "lora", mean_rank=mean_rank)
+        kept = shrink_adapter(language / "lora", energy=blind.after.energy, **data)
+        assert measured.after.mean_rank <= mean_rank
+        assert measured.after.loss <= kept.after.loss * (1 + 1e-6)
 
 
 def test_fused_experts_of_a_real_model_are_measured_and_load_in_peft(language, tmp_path):

@@ -47,14 +47,13 @@ def by_method(spectra: Spectra, method: str, value: float) -> Cut:
     return _by_module(spectra, lambda energy: _reaching(energy.sqrt(), value))
 
 
-def by_budget(spectra: Spectra, name: str, value: float) -> Cut:
-    """The largest part of the spectral order within a budget, ``mean_rank`` or ``size_mb`` (10⁶ bytes)."""
+def by_budget(spectra: Spectra, order: Tensor, name: str, value: float) -> Cut:
+    """The largest part of an order within a budget, ``mean_rank`` or ``size_mb`` (10⁶ bytes)."""
     measures = {
         "mean_rank": (spectra.parameters, spectra.cost),
         "size_mb": (spectra.num_bytes, 1e6),
     }
     measure, unit = measures[name]
-    order = spectra.order()
     smallest = measure(spectra.first(order, 1)) / unit
     if not value >= smallest:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""The loss of cuts of an adapter on held-out texts, and what each triplet means for it."""
+"""The loss of cuts of an adapter on held-out texts, and the triplets of its curvature."""
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,9 @@ class HeldOut:
             if not self._batches:
                 raise ValueError("data holds no text of two tokens or more, so there is no loss.")
 
-    def loss(self, cut: Cut) -> float:
+    def loss(self, spectra: Spectra, cut: Cut) -> float:
         """Mean loss over all tokens (language model) or texts (classifier)."""
-        self._put(cut)
+        self._put(spectra, cut)
         with torch.no_grad():
             total = sum(float(self._model(**batch).loss) * count for batch, count in self._batches)
         mean = total / sum(count for _, count in self._batches)
@@ -58,30 +59,39 @@ class HeldOut:
             )
         return mean
 
-    def sensitivity(self) -> list[Tensor]:
-        """|σ · ∂L/∂σ| of each triplet, summed over batches, from one backward pass over the data.
+    def curved(self) -> tuple[Spectra, list[Tensor]]:
+        """The adapter by the triplets of the loss's curvature, and what each is worth to the loss.
 
-        L is a batch's loss, not divided by its tokens or texts.
-        By the chain rule it is ⟨bᵢ, ∂L/∂bᵢ⟩, whatever part of σᵢ is in bᵢ.
+        One backward pass over the data: see ``dynlora.lora.curvature``. L is a batch's loss, not divided by
+        its tokens or texts.
         """
-        factors = [b for _, b in self._put(self._spectra.everything)]
+        modules = self._spectra.modules
+        factors = [b for _, b in self._put(self._spectra, self._spectra.everything)]
         self._model.requires_grad_(False)
         for b in factors:
             b.requires_grad_(True)
-        totals = [torch.zeros(m.count, dtype=torch.float64) for m in self._spectra.modules]
+        sums = [torch.zeros(2, *m.sigma.shape, m.count, dtype=torch.float64) for m in modules]
         for batch, count in self._batches:
             loss = self._model(**batch).loss * count
             gradients = torch.autograd.grad(loss, factors, allow_unused=True)
-            for total, b, gradient, update in zip(
-                totals, factors, gradients, self._spectra.adapter.updates, strict=True
-            ):
-                if gradient is not None:  # else an expert that no text was sent to
-                    products = (b.detach().double() * gradient.double()).transpose(0, 1).flatten(1)
-                    slots = products.sum(1).view(-1, update.num_experts).sum(1)
-                    total += slots[: len(total)].abs().cpu()
-        return totals
+            for pair, b, gradient, module in zip(sums, factors, gradients, modules, strict=True):
+                if gradient is None:  # an expert that no text was sent to
+                    continue
+                columns, slopes = (
+                    dataclasses.replace(module.update, b=f.detach().cpu()).stacked()[0].double()
+                    for f in (b, gradient)
+                )
+                c = (columns.mT @ slopes)[:, : module.count, : module.count]
+                pair += torch.stack([c @ c.mT, c.mT @ c])
+        turned, worth = [], []
+        for module, (left, right) in zip(modules, sums, strict=True):
+            spectrum, squares = module.turned(left, right)
+            trace = left.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+            turned.append(spectrum)
+            worth.append((squares / torch.where(trace > 0, trace, 1.0)).sum(0))
+        return dataclasses.replace(self._spectra, modules=turned), worth
 
-    def verify(self, cut: Cut, folder: Path) -> float:
+    def verify(self, spectra: Spectra, cut: Cut, folder: Path) -> float:
         """Load the written adapter with stock PEFT on a fresh base; compare outputs on random tokens.
 
         The model that losses were measured with is given up, so that there is one base in memory.
@@ -89,7 +99,7 @@ class HeldOut:
         Returns:
             Largest absolute difference, in parts of the largest output.
         """
-        self._put(cut)
+        self._put(spectra, cut)
         expected = outputs(self._model)
         del self._model
         gc.collect()
@@ -102,11 +112,11 @@ class HeldOut:
         return self._base.adapted(folder, dtype="auto").to(device)
 
     @torch.no_grad()
-    def _put(self, cut: Cut) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    def _put(self, spectra: Spectra, cut: Cut) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Put the factors of a cut into the model; gives back its parameters A and B, by update."""
         found = dict(self._model.named_parameters(remove_duplicate=False))
         pairs = []
-        for module, mask in zip(self._spectra.modules, cut, strict=True):
+        for module, mask in zip(spectra.modules, cut, strict=True):
             update = module.cut(mask, module.update.rank)
             a, b = (found[_in_model(key)] for key in update.keys)
             a.copy_(update.a)

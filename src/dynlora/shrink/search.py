@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dynlora.shrink.held_out import HeldOut
 from dynlora.shrink.spectrum import Cut, Spectra
 
@@ -14,8 +16,8 @@ class Point:
     """One size that was tried.
 
     Attributes:
-        order: "singular values" or "sensitivity".
-        components: singular triplets kept in the whole model.
+        order: "singular values" or "curvature".
+        components: triplets kept in the whole model.
         num_bytes: of the weights' file.
         loss: on the held-out data.
         gain_lost: share of the adapter's gain in loss; below 0 where the loss is below the whole adapter's.
@@ -39,31 +41,40 @@ def gain_lost(loss: float, whole: float, without: float) -> float:
     return (loss - whole) / (without - whole)
 
 
+def measured_orders(spectra: Spectra, held_out: HeldOut) -> dict[str, tuple[Spectra, Tensor]]:
+    """The adapter by singular triplets and by those of curvature, and their order, by its name."""
+    curved, worth = held_out.curved()
+    return {
+        "singular values": (spectra, spectra.order()),
+        "curvature": (curved, curved.order(worth)),
+    }
+
+
 def search(
     spectra: Spectra, held_out: HeldOut, whole: float, without: float, *, tolerance: float
-) -> tuple[Cut, tuple[Point, ...]]:
+) -> tuple[Spectra, Cut, tuple[Point, ...]]:
     """The smallest adapter found by bisection that loses ``tolerance`` of the gain at most, and all tried.
 
     ``whole`` and ``without`` are the losses with all triplets and with none, the second the higher one.
+
+    Returns:
+        The adapter by the triplets of the order that won, the cut of these, and all sizes tried.
     """
-    orders = {
-        "singular values": spectra.order(),
-        "sensitivity": spectra.order(held_out.sensitivity()),
-    }
     points, found = [], []
-    for name, order in orders.items():
+    for name, (basis, order) in measured_orders(spectra, held_out).items():
         low, high = 0, len(order)
         for _ in range(EVALUATIONS):
             if high - low <= 1:
                 break
             middle = (low + high) // 2
-            cut = spectra.first(order, middle)
-            loss = held_out.loss(cut)
+            cut = basis.first(order, middle)
+            loss = held_out.loss(basis, cut)
             kept = sum(int(mask.sum()) for mask in cut)
             lost = gain_lost(loss, whole, without)
             is_within = lost <= tolerance
-            points.append(Point(name, kept, spectra.num_bytes(cut), loss, lost, is_within))
+            points.append(Point(name, kept, basis.num_bytes(cut), loss, lost, is_within))
             low, high = (low, middle) if is_within else (middle, high)
-        found.append(spectra.first(order, high))
+        found.append((basis, basis.first(order, high)))
     points.sort(key=lambda p: (p.order != "singular values", -p.num_bytes, -p.components))
-    return min(found, key=spectra.num_bytes), tuple(points)
+    basis, cut = min(found, key=lambda one: one[0].num_bytes(one[1]))
+    return basis, cut, tuple(points)

@@ -20,7 +20,7 @@ from dynlora.shrink.choice import by_budget, by_energy, by_method
 from dynlora.shrink.held_out import HeldOut
 from dynlora.shrink.report import ShrinkReport
 from dynlora.shrink.rows import read_rows
-from dynlora.shrink.search import search
+from dynlora.shrink.search import measured_orders, search
 from dynlora.shrink.spectrum import Cut, Spectra, decompose
 
 DEFAULT_TOLERANCE = 0.003
@@ -48,10 +48,12 @@ def shrink_adapter(
     batch_size: int = 8,
     max_length: int = 512,
 ) -> ShrinkReport:
-    """Cut a finished LoRA by its singular values, or by what they mean for a held-out loss.
+    """Cut a finished LoRA by its singular values, or by what a held-out loss says of its components.
 
     Of every update ΔW = scaling · B A the singular triplets are known from QR of B and of Aᵀ and an SVD
-    of the small core between them. One rule decides which stay. Without a rule the report holds the
+    of the small core between them. With ``data``, components in the basis of the loss's curvature
+    (``dynlora.lora.curvature``) are tried as well, where the rule is a size or a tolerance, and those that
+    do better on ``data`` are taken. One rule decides which stay. Without a rule the report holds the
     tables only, and nothing is written.
 
     Args:
@@ -101,7 +103,8 @@ def shrink_adapter(
     measured = held_out if rows is not None else None
     losses = None
     if measured is not None:
-        losses = measured.loss(spectra.everything), measured.loss(spectra.nothing)
+        everything, nothing = spectra.everything, spectra.nothing
+        losses = measured.loss(spectra, everything), measured.loss(spectra, nothing)
     loss, without = losses or (None, None)
     found = ShrinkReport(
         folder=Path(folder),
@@ -111,14 +114,15 @@ def shrink_adapter(
         loss_without=without,
     )
     cut: Cut | None = None
+    basis = spectra  # the triplets that the cut is of
     if energy is not None:
         cut = by_energy(spectra, energy, per_module=per_module)
     elif method is not None and value is not None:
         cut = by_method(spectra, method, value)
     elif mean_rank is not None:
-        cut = by_budget(spectra, "mean_rank", mean_rank)
+        basis, cut = _best_within(spectra, measured, "mean_rank", mean_rank)
     elif size_mb is not None:
-        cut = by_budget(spectra, "size_mb", size_mb)
+        basis, cut = _best_within(spectra, measured, "size_mb", size_mb)
     elif tolerance is not None and measured is not None and losses is not None:
         if not losses[0] < losses[1]:
             raise ValueError(
@@ -126,12 +130,12 @@ def shrink_adapter(
                 f"nothing is gained on data={str(data)!r} of which tolerance={tolerance} could be a share. "
                 "Look at these texts and their labels, or cut by energy, mean_rank or size_mb."
             )
-        cut, points = search(spectra, measured, *losses, tolerance=tolerance)
+        basis, cut, points = search(spectra, measured, *losses, tolerance=tolerance)
         found = dataclasses.replace(found, points=points)
     if cut is not None:
-        done = _chosen(spectra, cut, measured)
+        done = _chosen(spectra, basis, cut, measured)
         if out is not None:
-            done |= _written(spectra, cut, Path(folder), Path(out), held_out)
+            done |= _written(basis, cut, Path(folder), Path(out), held_out)
         found = dataclasses.replace(found, **done)
     return dataclasses.replace(found, seconds=(decomposed, time.perf_counter() - start))
 
@@ -184,17 +188,30 @@ def _read(folder: Path, *, uniform: bool) -> Spectra:
     return spectra
 
 
-def _chosen(spectra: Spectra, cut: Cut, held_out: HeldOut | None) -> dict[str, Any]:
+def _best_within(
+    spectra: Spectra, held_out: HeldOut | None, name: str, value: float
+) -> tuple[Spectra, Cut]:
+    """The cut within a budget: by singular values, and by curvature where that loses less on held-out data."""
+    if held_out is None:
+        return spectra, by_budget(spectra, spectra.order(), name, value)
+    orders = measured_orders(spectra, held_out).values()
+    cuts = [(basis, by_budget(basis, order, name, value)) for basis, order in orders]
+    return min(cuts, key=lambda one: held_out.loss(*one))
+
+
+def _chosen(
+    spectra: Spectra, basis: Spectra, cut: Cut, held_out: HeldOut | None
+) -> dict[str, Any]:
     """Facts on the cut, and on the equal rank that needs at least as many bytes."""
-    after = facts.size_of(spectra, cut, None if held_out is None else held_out.loss(cut))
+    after = facts.size_of(basis, cut, None if held_out is None else held_out.loss(basis, cut))
     names = [update.name for update in spectra.adapter.updates]
-    chosen = {"after": after, "ranks": dict(zip(names, spectra.ranks(cut), strict=True))}
+    chosen = {"after": after, "ranks": dict(zip(names, basis.ranks(cut), strict=True))}
     plain_form = dataclasses.replace(spectra, uniform=False)
     for rank in range(1, max(update.rank for update in spectra.adapter.updates)):
         rival = spectra.same_rank(rank)
         if plain_form.num_bytes(rival) >= after.num_bytes:
             size = facts.size_of(
-                plain_form, rival, None if held_out is None else held_out.loss(rival)
+                plain_form, rival, None if held_out is None else held_out.loss(spectra, rival)
             )
             return {**chosen, "same_rank": rank, "same_rank_size": size}
     return chosen
@@ -212,7 +229,7 @@ def _written(
         done["config"] = PeftConfig.from_pretrained(str(temporary))
         done["tensor_difference"] = verify(temporary, spectra, cut)
         if held_out is not None:
-            done["output_difference"] = held_out.verify(cut, temporary)
+            done["output_difference"] = held_out.verify(spectra, cut, temporary)
     return done
 
 

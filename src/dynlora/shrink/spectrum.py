@@ -1,4 +1,4 @@
-"""Singular values of updates from their factors alone, and adapters made of the triplets that stay."""
+"""Updates as sums of triplets, singular ones from their factors alone, and adapters of those that stay."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynlora.adapter_files.updates import Adapter, Update
 from dynlora.adapter_files.write import metadata
+from dynlora.lora.triplets import triplets
 
 Cut = Sequence[Tensor]
 """For each module a mask of its singular triplets: which stay."""
@@ -23,12 +24,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Spectrum:
-    """B A of one module as Σᵢ σᵢ uᵢ vᵢᵀ, for each expert, largest first; the scaling is left out.
+    """B A of one module as Σᵢ σᵢ uᵢ vᵢᵀ with unit vectors, for each expert; the scaling is left out.
 
     Attributes:
         update: the module.
         left: u, (experts, out, triplets).
-        sigma: σ in float64, (experts, triplets).
+        sigma: σ in float64, (experts, triplets): of :func:`decompose` the singular values, falling.
         right: vᵀ, (experts, triplets, in · kernel).
     """
 
@@ -44,7 +45,7 @@ class Spectrum:
 
     @property
     def energy(self) -> Tensor:
-        """(scaling · σ)² of each triplet, summed over experts, in float64; (triplets,), not rising."""
+        """(scaling · σ)² of each triplet, summed over experts, in float64; (triplets,)."""
         return (self.update.scaling * self.sigma).square().sum(0)
 
     def cut(self, keep: Tensor, rank: int) -> Update:
@@ -60,15 +61,47 @@ class Spectrum:
         b, a = self.left[..., keep] * root.unsqueeze(1), self.right[:, keep] * root.unsqueeze(2)
         return self.update.of_factors(b, a).padded(rank)
 
+    def squared_norm(self, keep: Tensor) -> float:
+        """‖Σ σᵢ uᵢ vᵢᵀ‖² of the triplets ``keep``, summed over experts, the scaling left out."""
+        left, right = self.left[..., keep].double(), self.right[:, keep].double()
+        sigma = self.sigma[:, keep]
+        grams = (left.mT @ left) * (right @ right.mT)  # identities for singular triplets
+        return float((grams * sigma.unsqueeze(1) * sigma.unsqueeze(2)).sum().clamp(min=0))
+
     def difference(self, keep: Tensor, update: Update) -> float:
         """Frobenius norm of an update's B A minus the kept triplets, relative to theirs."""
         b, a = update.stacked()
         kept = self.left[..., keep].double() * self.sigma[:, keep].unsqueeze(1)
         tall = torch.cat([b.double(), -kept], dim=2)
         wide = torch.cat([a.double(), self.right[:, keep].double()], dim=1)
-        squared = ((tall.mT @ tall) * (wide @ wide.mT)).sum().clamp(min=0)
-        norm = self.sigma[:, keep].square().sum()
-        return float((squared / norm).sqrt() if norm else squared.sqrt())
+        squared = float(((tall.mT @ tall) * (wide @ wide.mT)).sum().clamp(min=0))
+        norm = self.squared_norm(keep)
+        return (squared / norm if norm else squared) ** 0.5
+
+    @torch.no_grad()
+    def turned(self, left: Tensor, right: Tensor) -> tuple["Spectrum", Tensor]:
+        """The same update by the triplets of two metrics between its factors, and their σ².
+
+        Args:
+            left: L of ``dynlora.lora.triplets``, (experts, triplets, triplets), for factors of which each
+                holds √σ.
+            right: R.
+
+        Returns:
+            The update by those triplets, and σ² in these metrics, (experts, triplets), falling.
+        """
+        for_a, for_b, squares = triplets(left, right)
+        root = self.sigma.sqrt()
+        rows = for_a @ (root.unsqueeze(2) * self.right.double())
+        columns = (root.unsqueeze(1) * self.left.double()) @ for_b.mT
+        sizes = columns.norm(dim=1), rows.norm(dim=2)
+        u, v = columns / _not_0(sizes[0]).unsqueeze(1), rows / _not_0(sizes[1]).unsqueeze(2)
+        kept = self.left.dtype
+        return Spectrum(self.update, u.to(kept), sizes[0] * sizes[1], v.to(kept)), squares
+
+
+def _not_0(lengths: Tensor) -> Tensor:
+    return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 @torch.no_grad()
@@ -163,9 +196,13 @@ class Spectra:
         return sum(update.cost * rank for update, rank in pairs)
 
     def energy(self, cut: Cut) -> float:
-        """Share of Σσ² (scaling included) that the cut keeps."""
-        kept = sum(float(m.energy[mask].sum()) for m, mask in zip(self.modules, cut, strict=True))
-        return kept / sum(float(m.energy.sum()) for m in self.modules)
+        """1 − ‖ΔW − cut‖² / ‖ΔW‖² of the whole model: the share of Σσ² that a cut of singular triplets keeps."""
+        whole = gone = 0.0
+        for module, mask in zip(self.modules, cut, strict=True):
+            scaling = module.update.scaling**2
+            whole += scaling * module.squared_norm(torch.ones_like(mask))
+            gone += scaling * module.squared_norm(~mask)
+        return 1 - gone / whole
 
     def cut(self, cut: Cut) -> Adapter:
         """The adapter of the triplets that stay; a module of which all stay keeps its trained factors."""
