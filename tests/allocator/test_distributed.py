@@ -135,6 +135,22 @@ LAUNCHED = [
 
 
 @pytest.mark.slow
+def test_auto_finds_one_answer_on_the_rows_of_both_processes(tmp_path):
+    one, two = launch(ACCELERATE, "worker_accelerate.py", "auto", folder=tmp_path)
+    assert one["ranks"] == two["ranks"]
+    assert one["losses"] == two["losses"]
+    torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=0)
+    (found,), (other,) = ([e["auto"] for e in run["history"]] for run in (one, two))
+    assert found == other
+    assert found["budget"] < found["by_rank"][-1][1] * 2
+    (tmp_path / "one").mkdir()
+    losses, _, _, allocator = worker_accelerate.auto_run(tmp_path / "one", 16)
+    assert losses == pytest.approx(one["losses"], rel=1e-4)
+    alone = allocator.history[0]["auto"]
+    assert (found["order"], found["budget"]) == (alone["order"], alone["budget"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "optimizer"), LAUNCHED)
 def test_accelerate_launch_trains_what_one_process_trains(tmp_path, kind, optimizer):
     """The Trainer (with DeepSpeed, too) and a plain Accelerate loop."""

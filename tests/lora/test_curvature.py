@@ -1,4 +1,4 @@
-"""The basis of curvature: the function stays, the gradients' matrices become diagonal, the worth predicts the loss."""
+"""The basis of curvature: the function stays, both metrics become diagonal, a cut costs little loss."""
 
 import pytest
 import torch

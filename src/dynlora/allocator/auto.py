@@ -25,11 +25,11 @@ from dynlora.lora.triplets import to_singular_
 Evaluate = Callable[[], float]
 """The held-out loss of the model as it is now, positive; smaller is better. It must not train anything.
 
-It may have a method ``backward()``, an iterator over held-out batches that leaves the gradients of one in the
-parameters at each step, and the parameters' own gradients in their place at its end."""
+It may have a method ``backward()``, an iterator over held-out batches that leaves the gradients of one in
+the parameters at each step, and the parameters' own gradients in their place at its end."""
 
 Turn = Callable[[Optimizer | None], Tensor]
-"""Puts the components into the basis of an order, in place, the optimizer's state with them; their scores."""
+"""Puts the components, and the optimizer's state, into the basis of an order, in place; their scores."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Choice:
     """What was found.
 
     Attributes:
-        order: what components were ranked by: ``energy`` of singular triplets, ``curvature``, or ``scores`` as
-            trained.
+        order: what components were ranked by: ``energy`` of singular triplets, ``curvature``, or
+            ``scores`` as trained.
         curve: budgets tried in this order, and the loss of each.
         limits: what was accepted, and why.
         by_rank: loss at the size of a LoRA of rank 1, 2, 4, … in this order, as (rank, cost, loss).
@@ -121,12 +121,13 @@ class _Order:
 class BudgetSearch:
     """Puts all components of a model into one order and bisects it against the held-out loss.
 
-    Two orders are tried: the energy (σ²) of the singular triplets of each module, and, where ``evaluate`` gives gradients, the curvature of the held-out loss in the basis of
-    ``dynlora.lora.curvature``; without gradients, or with a score of the user's own, the scores in the
-    basis that was trained. All are measured at the sizes of LoRAs of rank 1, 2, 4, …; the lowest loss of
-    these and of the whole adapter, which may overfit, is what a smaller one is compared with. From there an
-    order is walked down to the smallest size within the tolerance, the next only where it is accepted at
-    the size that the one before needs; it wins if it needs less.
+    Two orders are tried: the energy (σ²) of the singular triplets of each module, and, where ``evaluate``
+    gives gradients, the curvature of the held-out loss, in the basis of ``dynlora.lora.curvature``; without
+    gradients, or with a score of the user's own, the scores in the basis that was trained. All are measured
+    at the sizes of LoRAs of rank 1, 2, 4, …; the lowest loss of these and of the whole adapter, which may
+    overfit, is what a smaller one is compared with. From there an order is walked down to the smallest size
+    within the tolerance, the next only where it is accepted at the size that the one before needs; it wins
+    if it needs less.
 
     ``costs`` are those of one component of each module, ``floors`` the components that each keeps;
     ``tolerance`` is the share of the adapter's gain that may be lost: of the difference between the lowest
@@ -180,7 +181,7 @@ class BudgetSearch:
 
     def _turns(self) -> dict[str, Turn]:
         """By name of the order; gates stand in front of components as trained, so those are not turned."""
-        trained = {"scores": partial(_as_trained, self.modules)}
+        trained: dict[str, Turn] = {"scores": partial(_as_trained, self.modules)}
         if any(m.is_gated for m in self.modules):
             return trained
         turns: dict[str, Turn] = {"energy": partial(_to_energy_, self.modules)}

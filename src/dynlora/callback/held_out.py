@@ -65,13 +65,13 @@ class HeldOutLoss:
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         try:
-            for inputs in itertools.islice(self._loader_of(size), batches):
-                for parameter in parameters:
-                    parameter.grad = None
-                with self._evaluating(), torch.enable_grad():
+            with self._evaluating(has_checkpoints=True), torch.enable_grad():
+                for inputs in itertools.islice(self._loader_of(size), batches):
+                    for parameter in parameters:
+                        parameter.grad = None
                     loss = self._loss(inputs)
                     (loss if scaler is None else scaler.scale(loss)).backward()
-                yield
+                    yield
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
@@ -86,15 +86,17 @@ class HeldOutLoss:
             arguments.per_device_eval_batch_size = whole
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The model without dropout, and the run's random numbers as they were."""
+    def _evaluating(self, *, has_checkpoints: bool = False) -> Iterator[None]:
+        """The model without dropout, and the run's random numbers as they were.
+
+        With ``has_checkpoints``, layers that recompute activations in training do so here too.
+        """
         model = self._trainer.model
         was_training = model.training
         model.eval()
-        for module in model.modules():
-            # it checkpoints activations in training only; what it holds stays in evaluation mode
-            if getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled():
-                module.training = True
+        for module in model.modules() if has_checkpoints else ():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # what it holds stays in evaluation mode
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
             with torch.random.fork_rng(devices=cuda):

@@ -2,10 +2,10 @@
 
 Between the factors of ΔW = s·B A stands the identity, ΔW = s·B M A with M = I, and its gradient is known
 from that of B: C = ∂L/∂M = Bᵀ ∂L/∂B. From batches, L = Σ C Cᵀ and R = Σ Cᵀ C give L ⊗ R / tr L for the
-Fisher information of M (Shampoo's matrices; Morwani et al. 2024, arXiv 2406.17748, on why without roots),
-so another M in place of I changes the loss by about ½ ‖L^½ (I − M) R^½‖² / tr L. By this measure the nearest
-M of rank k keeps the k largest terms of the singular value decomposition of L^½ R^½ (Eckart and Young): the
-components of the new basis, worth σ² / tr L each, in one unit for the whole model.
+Fisher information of M (Shampoo's matrices; Morwani et al. 2024, arXiv 2406.17748, on why without roots).
+So another M in place of I changes the loss by about ½ ‖L^½ (I − M) R^½‖² / tr L. By this measure the
+nearest M of rank k keeps the k largest terms of the singular value decomposition of L^½ R^½ (Eckart and
+Young): the components of the new basis, worth σ² / tr L each, in one unit for the whole model.
 """
 
 from collections.abc import Sequence

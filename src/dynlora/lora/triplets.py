@@ -1,8 +1,8 @@
-"""Components as the triplets of a decomposition of B A in two metrics, the singular value decomposition among them.
+"""Components as triplets of B A in two metrics, its singular value decomposition among them.
 
-With L and R, positive definite (rank, rank), the change of basis A' = T A, B' = B T⁻¹ leaves B A as it is and
-makes T⁻ᵀ L T⁻¹ and T R Tᵀ diagonal: what keeps the first k components is the nearest M of rank k to I in
-‖L^½ (I − M) R^½‖. With L = BᵀB and R = A Aᵀ these are the singular triplets of B A (Eckart and Young).
+With L and R, positive definite (rank, rank), the change of basis A' = T A, B' = B T⁻¹ leaves B A as it is
+and makes T⁻ᵀ L T⁻¹ and T R Tᵀ diagonal: what keeps the first k components is the nearest M of rank k to I
+in ‖L^½ (I − M) R^½‖. With L = BᵀB and R = A Aᵀ these are the singular triplets of B A (Eckart, Young).
 """
 
 import torch
@@ -42,7 +42,9 @@ def to_singular_(module: LoraComponents, optimizer: Optimizer | None = None) -> 
 def turn_pair_(
     pair: tuple[Factor, Factor], left: Tensor, right: Tensor, optimizer: Optimizer | None
 ) -> Tensor:
-    """Turn A and B of one pair into the triplets of L and R, in place; rows of A stay as long as in the mean.
+    """Turn A and B of one pair into the triplets of L and R, in place.
+
+    The rows of A get the length that they had in the mean.
 
     Args:
         pair: A and B.

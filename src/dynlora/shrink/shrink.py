@@ -191,7 +191,7 @@ def _read(folder: Path, *, uniform: bool) -> Spectra:
 def _best_within(
     spectra: Spectra, held_out: HeldOut | None, name: str, value: float
 ) -> tuple[Spectra, Cut]:
-    """The cut within a budget: by singular values, and by curvature where that loses less on held-out data."""
+    """The cut within a budget, by singular values, or by curvature if that loses less on the data."""
     if held_out is None:
         return spectra, by_budget(spectra, spectra.order(), name, value)
     orders = measured_orders(spectra, held_out).values()
@@ -199,9 +199,7 @@ def _best_within(
     return min(cuts, key=lambda one: held_out.loss(*one))
 
 
-def _chosen(
-    spectra: Spectra, basis: Spectra, cut: Cut, held_out: HeldOut | None
-) -> dict[str, Any]:
+def _chosen(spectra: Spectra, basis: Spectra, cut: Cut, held_out: HeldOut | None) -> dict[str, Any]:
     """Facts on the cut, and on the equal rank that needs at least as many bytes."""
     after = facts.size_of(basis, cut, None if held_out is None else held_out.loss(basis, cut))
     names = [update.name for update in spectra.adapter.updates]

@@ -196,7 +196,7 @@ class Spectra:
         return sum(update.cost * rank for update, rank in pairs)
 
     def energy(self, cut: Cut) -> float:
-        """1 − ‖ΔW − cut‖² / ‖ΔW‖² of the whole model: the share of Σσ² that a cut of singular triplets keeps."""
+        """1 − ‖ΔW − cut‖² / ‖ΔW‖² of the whole model: of singular triplets the share of Σσ² that stays."""
         whole = gone = 0.0
         for module, mask in zip(self.modules, cut, strict=True):
             scaling = module.update.scaling**2

@@ -47,8 +47,8 @@ class Adapted:
         save: writes what was trained to a folder; None leaves it to ``Trainer.save_model``.
         can_resume: whether a run can go on from a checkpoint.
         optimizer: (arguments of the Trainer) -> the optimizer; None for the one that they name.
-        cuts: called once everything is measured and saved: puts one smaller adapter after the other into the
-            model, each to be measured too, and says what it is.
+        cuts: called once everything is measured and saved: puts one smaller adapter after the other into
+            the model, each to be measured too, and says what it is.
     """
 
     model: nn.Module

@@ -24,13 +24,13 @@ BATCHES = 24
 
 
 def lora_cuts(options: AdapterOptions, target: Target) -> Adapted:
-    """PEFT's LoRA at the initial rank, which stays whole; ``cuts`` are what singular values and curvature leave."""
+    """PEFT's LoRA at the initial rank, which stays whole; ``cuts``: by singular values and by curvature."""
     made = lora_initial(options, target)
     return dataclasses.replace(made, cuts=lambda: _cuts(made, options, target))
 
 
 def _cuts(made: Adapted, options: AdapterOptions, target: Target) -> Iterator[dict[str, Any]]:
-    """Put one cut after the other into the model, and say which; the whole adapter comes back at the end."""
+    """Put one cut after the other into the model, and say which; at the end the whole is there again."""
     start = AdapterStart.of(made.model)
     modules = start.modules
     in_components = options.budget == "components"
