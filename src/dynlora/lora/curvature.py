@@ -71,9 +71,7 @@ class Curvature:
             worth = torch.zeros(module.rank, dtype=torch.float64)
             for pair, (left, right) in zip(module.pairs, sums, strict=True):
                 squares = turn_pair_(pair, left, right, optimizer)
-                trace = left.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-                shares = torch.where(trace > 0, squares / trace, torch.zeros_like(squares))
-                worth += shares.sum(0).cpu()
+                worth += worth_of(squares, left).cpu()
             module.ema.zero_()
             scores.append(worth)
         return torch.cat(scores).float()
@@ -90,3 +88,14 @@ def middle_gradient(probe: Factor) -> Tensor | None:
     gradients = probe.vectors(probe.parameter.grad).double()
     is_a = probe.container in ("lora_A", "lora_embedding_A")
     return gradients @ vectors.mT if is_a else vectors @ gradients.mT
+
+
+def worth_of(squares: Tensor, left: Tensor) -> Tensor:
+    """σ² / tr L of each component, (rank,), summed over copies; 0 without gradients.
+
+    Args:
+        squares: σ² of ``dynlora.lora.triplets``, (copies, rank).
+        left: L, (copies, rank, rank).
+    """
+    trace = left.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    return (squares / torch.where(trace > 0, trace, 1.0)).sum(0)

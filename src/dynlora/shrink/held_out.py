@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dynlora.export.models import BaseModel, agreement, outputs
+from dynlora.lora.curvature import worth_of
 from dynlora.shrink.rows import Rows
 from dynlora.shrink.spectrum import Cut, Spectra
 
@@ -86,9 +87,8 @@ class HeldOut:
         turned, worth = [], []
         for module, (left, right) in zip(modules, sums, strict=True):
             spectrum, squares = module.turned(left, right)
-            trace = left.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
             turned.append(spectrum)
-            worth.append((squares / torch.where(trace > 0, trace, 1.0)).sum(0))
+            worth.append(worth_of(squares, left))
         return dataclasses.replace(self._spectra, modules=turned), worth
 
     def verify(self, spectra: Spectra, cut: Cut, folder: Path) -> float:
