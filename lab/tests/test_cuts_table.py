@@ -19,7 +19,7 @@ def cut(order, rank, score, loss):
 
 
 def run(seed, *, better_by=0.0):
-    """A run whose curvature is better by so much at rank 2, with a loss of 1 for the whole and 2 without."""
+    """A run whose curvature is better by so much at rank 2; its loss is 1 whole and 2 without."""
     curves = {
         "singular values": [(4, 0.90, 1.0), (2, 0.80, 1.02), (0, 0.5, 2.0)],
         "curvature": [(4, 0.90, 1.0), (2, 0.80 + better_by, 1.002), (0, 0.5, 2.0)],
