@@ -1,4 +1,4 @@
-"""The example of docs/shrink.md: train a LoRA on WordNet's glosses, shrink it on 200 held-out texts, score it on 800.
+"""The example of docs/shrink.md: train a LoRA, shrink it on 200 held-out texts, score it on 800 others.
 
 dynlora assets fetch all-MiniLM-L6-v2 wordnet-glosses
 python lab/scripts/shrink_example.py         # lab/results/shrink-example/README.md, some three minutes
@@ -114,8 +114,9 @@ def page(printed: list[str], scored: dict[str, Tensor]) -> str:
         lines.append(f"| {name} | {100 * float(hits.mean()):.1f} | {text} |")
     known = ", ".join(f"{k} {v}" for k, v in versions().items() if v)
     return (
-        "# The example of docs/shrink.md\n\nWritten by `python lab/scripts/shrink_example.py`; edit nothing "
-        f"here. LoRA r 16, all-MiniLM-L6-v2, WordNet's glosses, {STEPS} steps of {BATCH}, seed 0; 200 texts to "
+        "# The example of docs/shrink.md\n\n"
+        "Written by `python lab/scripts/shrink_example.py`; edit nothing here. "
+        f"LoRA r 16, all-MiniLM-L6-v2, WordNet's glosses, {STEPS} steps of {BATCH}, seed 0; 200 texts to "
         f"shrink on, {len(whole)} others to score on, ± the standard error.\n\n"
         + "\n".join(lines)
         + "\n\n"

@@ -109,3 +109,17 @@ def test_auto_is_given_the_gradients_and_its_answer_is_no_larger_than_without(tm
         run.train()
         costs[name] = callback.history[-1]["auto"]["budget"]
     assert costs["with"] <= costs["without"]
+
+
+def test_where_the_memory_is_too_small_for_gradients_the_search_goes_on_without_them(
+    tmp_path, monkeypatch
+):
+    def backward(_self):
+        yield
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(HeldOutLoss, "backward", backward)
+    callback = DynLoraCallback(target_r="auto", tolerance=0.05)
+    with pytest.warns(UserWarning, match="by singular values and sensitivity only"):
+        trainer(tmp_path, model_with(r=8, target_r=8), [callback]).train()
+    assert callback.history[-1]["auto"]["order"] in ("energy", "scores")

@@ -16,7 +16,11 @@ from torch.optim import Optimizer
 from dynlora import allocation
 from dynlora.allocation.bisection import BudgetCurve, smallest_budget
 from dynlora.allocator.masks import Masks
-from dynlora.allocator.processes import mean_over_processes, sum_over_processes_
+from dynlora.allocator.processes import (
+    any_process,
+    mean_over_processes,
+    sum_over_processes_,
+)
 from dynlora.errors import NotFiniteError
 from dynlora.lora.components import LoraComponents
 from dynlora.lora.curvature import Curvature
@@ -194,14 +198,26 @@ class BudgetSearch:
         return turns
 
     def _curvature(self) -> Curvature | None:
-        """Of the held-out loss, over the batches of all processes; None where there are no gradients."""
+        """Of the held-out loss, over all processes' batches; None without gradients or memory for them."""
         backward = getattr(self.evaluate, "backward", None)
         if backward is None:
             return None
         curvature = Curvature(self.modules)
-        with torch.enable_grad():
-            for _ in backward():
-                curvature.add()
+        is_out_of_memory = False
+        try:
+            with torch.enable_grad():
+                for _ in backward():
+                    curvature.add()
+        except torch.OutOfMemoryError:
+            is_out_of_memory = True
+        if any_process(is_out_of_memory, self.modules[0].ema.device):
+            warnings.warn(
+                "target_r='auto': a backward pass over a batch of the held-out rows needs more memory than "
+                "there is, so components are ordered by singular values and sensitivity only. Lower "
+                "per_device_eval_batch_size for an order by curvature.",
+                stacklevel=2,
+            )
+            return None
         for pair in curvature.sums:
             sum_over_processes_(pair)
         return curvature

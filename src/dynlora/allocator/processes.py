@@ -34,6 +34,8 @@ def broadcast_choice(keep: Tensor, device: torch.device) -> Tensor:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on any of the processes; all of them must call it."""
+    if world_size() == 1:
+        return flag
     flags = torch.tensor([flag], dtype=torch.uint8, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())

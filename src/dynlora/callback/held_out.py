@@ -95,7 +95,7 @@ class HeldOutLoss:
         was_training = model.training
         model.eval()
         for module in model.modules() if has_checkpoints else ():
-            if getattr(module, "gradient_checkpointing", False):
+            if vars(module).get("gradient_checkpointing", False):
                 module.training = True  # what it holds stays in evaluation mode
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
