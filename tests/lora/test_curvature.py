@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from dynlora.lora.components import find_components
 from dynlora.lora.curvature import Curvature, middle_gradient
 from dynlora.lora.triplets import to_singular_, triplets
 from small_net import adamw, adapted, data, train
+from tiny_models import EXPERTS, layer_kinds, logits, tiny_experts
 
 WIDTHS = (6, 16, 16, 4)
 
@@ -98,6 +100,38 @@ def test_a_cut_by_curvature_costs_less_than_the_cut_of_the_same_components_by_en
                     factor.parameter.mul_(live.to(factor.parameter.dtype))
         losses[name] = loss_of(model).item()
     assert losses["curvature"] < losses["energy"]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.parametrize(
+    ("build", "fields"),
+    [
+        (layer_kinds, {"target_modules": ["embedding", "conv1d", "conv2d", "mha", "hf_conv1d"]}),
+        (tiny_experts, {"target_parameters": EXPERTS}),
+    ],
+)
+def test_every_kind_of_layer_is_turned_and_computes_the_same(build, fields):
+    torch.manual_seed(0)
+    model = get_peft_model(build(), LoraConfig(r=3, **fields))
+    modules = find_components(model, "default")
+    for module in modules:
+        for factor in module.factors:
+            factor.parameter.data = 0.3 * torch.randn(factor.parameter.shape)
+    found = Curvature(modules)
+    for _ in range(4):
+        model.zero_grad()
+        for module in modules:
+            for factor in module.factors:
+                factor.parameter.grad = torch.randn(factor.parameter.shape)
+        found.add()
+    expected = logits(model)
+    scores = found.turn_()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-3)
+    assert len(scores) == 3 * len(modules)
+    assert bool((scores > 0).all())
+    for module in modules:
+        to_singular_(module)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-3)
 
 
 def test_the_metrics_of_the_factors_themselves_give_the_singular_triplets():
