@@ -98,9 +98,9 @@ def right(base: str, folder: Path, tokenizer: Any, rows: Any) -> Tensor:
 
 
 def shortened(output: str) -> str:
-    """The part between the tables of energy and the config."""
-    start, end = output.index(" order "), output.index("LoraConfig(")
-    return output[start:end].rstrip()
+    """The part from the table of losses to the sentence of what was saved."""
+    start, end = output.index(" order "), output.index("Wrote ")
+    return "\n".join(line.rstrip() for line in output[start:end].rstrip().splitlines())
 
 
 def page(printed: list[str], scored: dict[str, Tensor]) -> str:
