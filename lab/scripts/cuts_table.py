@@ -69,7 +69,7 @@ def at(order: str, rank: float) -> Any:
 
 
 def within(order: str, tolerance: float, rank: float) -> Any:
-    """Chooses the smallest cut whose loss on the selecting set is within the tolerance, as ``auto`` does.
+    """Chooses the smallest cut whose loss on the selecting set is within a tolerance, much as ``auto``.
 
     ``rank`` is the largest there is among the cuts, taken where none is within it.
     """
@@ -121,7 +121,7 @@ def page(cuts: Cuts) -> str:
         + "| size of | mean of tasks |\n|---|---|\n"
         + "\n".join(f"| {name} | {text} |" for name, text in gains)
         + "\n\n## Within a tolerance\n\nThe smallest of these sizes whose loss on the selecting set is "
-        "within the tolerance: a share of what the adapter gained there.\n\n"
+        "within the tolerance of the lowest of all cuts: a share of what is gained there.\n\n"
         + "\n".join(_table(cuts, "tolerance", rules))
         + "\n"
     )

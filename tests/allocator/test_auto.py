@@ -6,9 +6,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
 from dynlora import DynLoraCallback, NotFiniteError, RankAllocator
+from dynlora.allocator.auto import BudgetSearch
+from dynlora.lora.components import find_components
 from dynlora.report.conclusion import conclusion
 from dynlora.report.run import read_run
 from small_net import SmallNet, adamw, adapted, data, train
@@ -311,3 +314,72 @@ def test_the_best_checkpoint_is_cut_alike_after_a_kill(tmp_path):
             resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
         ):
             assert torch.equal(ours, theirs), name
+
+
+class AsGradients:
+    """A held-out loss with gradients, of the rows of ``held_out_loss``."""
+
+    def __init__(self, model):
+        self.model, self.loss = model, held_out_loss(model)
+
+    def __call__(self):
+        return self.loss()
+
+    def backward(self):
+        x, y = data()
+        for rows in (slice(0, 4), slice(4, None)):
+            self.model.zero_grad()
+            ((self.model(0.9 * x[rows]) - y[rows]) ** 2).mean().backward()
+            yield
+        self.model.zero_grad()
+
+
+def searched(model, tolerance=0.05, evaluate=None):
+    modules = find_components(model, "default")
+    costs = [module.component_size for module in modules]
+    return BudgetSearch(
+        modules, costs, [0] * len(modules), evaluate or AsGradients(model), tolerance=tolerance
+    )
+
+
+def test_the_search_leaves_weights_gradients_and_masks_even_if_evaluate_fails():
+    model = adapted(widths=WIDTHS, r=8)
+    train(model, adamw(model), 20)
+    x, y = data()
+    ((model(x) - y) ** 2).mean().backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    values, gradients = [p.detach().clone() for p in parameters], [p.grad for p in parameters]
+    kept = [g.clone() for g in gradients]
+    loss = held_out_loss(model)
+    losses = iter([loss(), loss(), 0.9])
+
+    def failing():
+        return next(losses)
+
+    search = searched(model, evaluate=failing)
+    with pytest.raises(StopIteration):
+        search.search()
+    assert all(bool(m.live.all()) for m in search.modules)
+    for p, value, gradient, numbers in zip(parameters, values, gradients, kept, strict=True):
+        assert torch.equal(p, value)
+        assert p.grad is gradient
+        assert torch.equal(gradient, numbers)
+
+
+def test_an_averaged_copy_is_turned_with_the_model():
+    model = adapted(widths=WIDTHS, r=8)
+    built = adamw(model)
+    allocator = RankAllocator(
+        model, built, total_steps=60, target_r="auto", tolerance=0.05, evaluate=AsGradients(model)
+    )
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    allocator.also_compact(average)
+    for _ in range(59):
+        train(model, built, 1)
+        average.update_parameters(model)
+    before = held_out_loss(average)()
+    train(model, built, 1)
+    found = allocator.history[-1]["auto"]
+    assert found["order"] in ("energy", "curvature")
+    assert found["budget"] < allocator.total_cost
+    assert held_out_loss(average)() - before < 0.2 * (found["without"] - before)

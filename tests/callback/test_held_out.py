@@ -111,15 +111,37 @@ def test_auto_is_given_the_gradients_and_its_answer_is_no_larger_than_without(tm
     assert costs["with"] <= costs["without"]
 
 
-def test_where_the_memory_is_too_small_for_gradients_the_search_goes_on_without_them(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("not enough"), RuntimeError("no graph")])
+def test_where_gradients_cannot_be_had_the_search_goes_on_without_them(
+    tmp_path, monkeypatch, error
 ):
     def backward(_self):
         yield
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(HeldOutLoss, "backward", backward)
     callback = DynLoraCallback(target_r="auto", tolerance=0.05)
-    with pytest.warns(UserWarning, match="by singular values and sensitivity only"):
+    with pytest.warns(UserWarning, match=f"not ordered by curvature.*{error}"):
         trainer(tmp_path, model_with(r=8, target_r=8), [callback]).train()
     assert callback.history[-1]["auto"]["order"] in ("energy", "scores")
+
+
+def test_without_a_batch_of_finite_gradients_curvature_is_not_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(HeldOutLoss, "backward", lambda _self: iter(()))
+    callback = DynLoraCallback(target_r="auto", tolerance=0.05)
+    trainer(tmp_path, model_with(r=8, target_r=8), [callback]).train()
+    assert callback.history[-1]["auto"]["order"] in ("energy", "scores")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_parts_are_of_the_training_size_with_a_cached_loader_too(tmp_path, workers):
+    run, _, _ = held_out(
+        tmp_path, per_device_train_batch_size=3, per_device_eval_batch_size=8,
+        dataloader_num_workers=workers, dataloader_persistent_workers=bool(workers),
+    )  # fmt: skip
+    sizes = []
+    forward = run.model.forward
+    run.model.forward = lambda x, **rest: sizes.append(len(x)) or forward(x, **rest)
+    for _ in HeldOutLoss(run, 2).backward():
+        pass
+    assert sizes == [3, 3, 2, 3, 3, 2]

@@ -167,3 +167,44 @@ def test_a_batch_with_a_gradient_that_is_not_finite_is_left_out():
     found.add()
     assert found.batches == 8
     assert all(torch.equal(a, b) for a, b in zip(found.sums, sums, strict=True))
+
+
+def test_a_convolution_that_lies_channels_last_is_turned_too():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
+    model = get_peft_model(net, LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8)
+    expected = model(x)
+    (module,) = find_components(model, "default")
+    to_singular_(module)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e15])
+def test_the_order_does_not_depend_on_the_scale_of_the_loss(size):
+    model, _ = trained()
+    scores = []
+    for scale in (1.0, size):
+        found = Curvature(find_components(model, "default"))
+        for rows in (slice(0, 4), slice(4, None)):
+            model.zero_grad()
+            (scale * loss_of(model, rows)).backward()
+            found.add()
+        values = {n: p.detach().clone() for n, p in model.named_parameters()}
+        scores.append(found.turn_())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(values[name])
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-6)
+
+
+def test_state_that_is_a_point_like_the_weights_turns_with_them_and_unknown_state_is_begun_anew():
+    model, optimizer = trained()
+    module = find_components(model, "default")[0]
+    known, unknown = (f.parameter for f in module.factors)
+    optimizer.state[known]["z"] = known.detach().clone()  # of a schedule-free optimizer
+    optimizer.state[unknown]["acc_delta"] = unknown.detach().clone()
+    to_singular_(module, optimizer)
+    torch.testing.assert_close(optimizer.state[known]["z"], known.detach())
+    assert unknown not in optimizer.state

@@ -178,6 +178,32 @@ def test_a_rule_of_size_takes_the_order_that_loses_less_on_the_data(language):
         assert measured.after.loss <= kept.after.loss * (1 + 1e-6)
 
 
+def test_gradients_that_are_not_finite_leave_the_order_by_singular_values(language, monkeypatch):
+    real = torch.autograd.grad
+
+    def infinite(*arguments, **options):
+        return tuple(torch.full_like(g, torch.inf) for g in real(*arguments, **options))
+
+    monkeypatch.setattr(torch.autograd, "grad", infinite)
+    done = shrink_adapter(
+        language / "lora", model=str(language / "base"), data=language / "val.jsonl", mean_rank=2
+    )
+    plain = shrink_adapter(language / "lora", mean_rank=2)
+    assert done.ranks == plain.ranks
+
+
+def test_a_cut_that_is_further_from_the_adapter_than_nothing_is_not_taken(language, monkeypatch):
+    from dynlora.shrink.spectrum import Spectra
+
+    data = {"model": str(language / "base"), "data": language / "val.jsonl"}
+    free = shrink_adapter(language / "lora", mean_rank=1, **data)
+    assert free.after.energy > 0
+    real = Spectra.energy
+    monkeypatch.setattr(Spectra, "energy", lambda self, cut: real(self, cut) - 1)
+    done = shrink_adapter(language / "lora", mean_rank=1, **data)
+    assert done.ranks == shrink_adapter(language / "lora", mean_rank=1).ranks
+
+
 def test_fused_experts_of_a_real_model_are_measured_and_load_in_peft(language, tmp_path):
     set_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

@@ -55,6 +55,7 @@ class RankAllocator:
             module after every step until the freeze.
         evaluate: with ``target_r="auto"``: a function that returns the held-out loss of the model as it
             is, called ten to twenty times at the freeze. On several processes each returns its own share's.
+            With a method ``backward()`` it gives gradients too: see ``auto.Evaluate``.
         preset: ``paper`` for the paper's values of the settings that are not given.
         start: the adapter as it was when the run began, where the model has taken the ranks of a
             checkpoint since; DynLoraCallback passes it.
@@ -388,7 +389,8 @@ class RankAllocator:
         if choice is None:
             scores = _gathered([m.ema.float() for m in self.modules])
         else:  # frozen, the state has the shapes of another checkpoint, and no step will follow
-            scores = choice.turn_(None if self.is_frozen else self.optimizer)
+            optimizer = None if self.is_frozen else self.optimizer
+            scores = choice.turn_(optimizer, () if self.is_frozen else self._copies.by_name())
         before = _gathered([m.live for m in self.modules])
         if not self.settings.revival:
             scores[~before] = -1.0

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,8 +32,11 @@ Evaluate = Callable[[], float]
 It may have a method ``backward()``, an iterator over held-out batches that leaves the gradients of one in
 the parameters at each step, and the parameters' own gradients in their place at its end."""
 
-Turn = Callable[[Optimizer | None], Tensor]
-"""Puts the components, and the optimizer's state, into the basis of an order, in place; their scores."""
+Copies = Sequence[Mapping[str, LoraComponents]]
+"""The modules of copies of the model, by name."""
+
+Turn = Callable[[Optimizer | None, Copies], Tensor]
+"""Puts components, the optimizer's state and copies into the basis of an order, in place; the scores."""
 
 
 @dataclass(frozen=True)
@@ -198,25 +201,28 @@ class BudgetSearch:
         return turns
 
     def _curvature(self) -> Curvature | None:
-        """Of the held-out loss, over all processes' batches; None without gradients or memory for them."""
+        """Of the held-out loss, over all processes' batches; None where gradients cannot be had."""
         backward = getattr(self.evaluate, "backward", None)
         if backward is None:
             return None
         curvature = Curvature(self.modules)
-        is_out_of_memory = False
+        why = "it fails on another process"
+        has_failed = False
         try:
             with torch.enable_grad():
                 for _ in backward():
                     curvature.add()
-        except torch.OutOfMemoryError:
-            is_out_of_memory = True
-        if any_process(is_out_of_memory, self.modules[0].ema.device):
+        except RuntimeError as error:  # of memory too; what was trained must not be lost by it
+            has_failed, why = True, str(error)
+        device = self.modules[0].ema.device
+        if any_process(has_failed, device):
             warnings.warn(
-                "target_r='auto': a backward pass over a batch of the held-out rows needs more memory than "
-                "there is, so components are ordered by singular values and sensitivity only. Lower "
-                "per_device_eval_batch_size for an order by curvature.",
+                "target_r='auto': components are not ordered by curvature, since a backward pass over a "
+                f"batch of the held-out rows fails: {why}",
                 stacklevel=2,
             )
+            return None
+        if not any_process(curvature.batches > 0, device):
             return None
         for pair in curvature.sums:
             sum_over_processes_(pair)
@@ -265,44 +271,51 @@ class BudgetSearch:
 
     def _loss(self, keep: Tensor) -> float:
         """The held-out loss with the components ``keep`` only."""
-        held = [m.live.clone() for m in self.modules]
         with self._restored():
             for module, live in zip(self.modules, keep.split(self.sizes), strict=True):
                 module.live.copy_(live)
             Masks(self.modules).apply_()
             loss = self._evaluate()
-        for module, live in zip(self.modules, held, strict=True):
-            module.live.copy_(live)
         return loss if math.isfinite(loss) else math.inf
 
     @contextmanager
     def _turned(self, order: _Order) -> Iterator[None]:
         """Components in the basis of an order, for a while."""
         with self._restored():
-            order.scores = order.turn_(None)
+            order.scores = order.turn_(None, ())
             yield
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        """Give the adapter and its scores their values back afterwards, to the bit."""
-        tensors = [f.parameter.data for m in self.modules for f in m.factors]
-        tensors += [m.ema for m in self.modules]
+        """Give the adapter, its gradients, scores and masks their values back afterwards, to the bit."""
+        parameters = [f.parameter for m in self.modules for f in m.factors]
+        gradients = [p.grad for p in parameters]
+        tensors = [p.data for p in parameters]
+        tensors += [t for m in self.modules for t in (m.ema, m.live)]
         values = [t.clone() for t in tensors]
+        for parameter in parameters:
+            parameter.grad = None  # nothing to turn to and fro
         try:
             yield
         finally:
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
 
 
-def _as_trained(modules: Sequence[LoraComponents], _optimizer: Optimizer | None) -> Tensor:
+def _as_trained(
+    modules: Sequence[LoraComponents], _optimizer: Optimizer | None, _copies: Copies
+) -> Tensor:
     """The smoothed scores; nothing is turned."""
     return _joined([m.ema for m in modules])
 
 
-def _to_energy_(modules: Sequence[LoraComponents], optimizer: Optimizer | None) -> Tensor:
+def _to_energy_(
+    modules: Sequence[LoraComponents], optimizer: Optimizer | None, copies: Copies
+) -> Tensor:
     """Make the components of each module singular triplets, in place; (s·σ)² of each."""
-    return _joined([to_singular_(module, optimizer) for module in modules])
+    return _joined([to_singular_(m, optimizer, [copy[m.name] for copy in copies]) for m in modules])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -35,6 +35,10 @@ class AveragedCopies:
             )
         self._copies.append((copy, modules))
 
+    def by_name(self) -> list[dict[str, LoraComponents]]:
+        """The modules of each copy by their names."""
+        return [{m.name: m for m in modules} for _, modules in self._copies]
+
     @torch.no_grad()
     def mask_like_(self, original: Sequence[LoraComponents]) -> None:
         """Let the same components be dead in every copy."""

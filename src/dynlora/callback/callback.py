@@ -44,7 +44,7 @@ class DynLoraCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  
             its gain on held-out rows but for ``tolerance`` of it; left out only where the adapter's
             config is a DynLoraConfig, which holds the settings itself.
         evaluate: with ``auto``, a function that returns the held-out loss; by default that of the
-            Trainer's ``eval_dataset``.
+            Trainer's ``eval_dataset``, whose gradients are used too.
         eval_batches: with ``auto``, how many batches of the ``eval_dataset`` are used, at least 1.
         adapter: which adapter; may be left out if only one LoRA adapter is trainable.
         rank_image: draws the ranks at each prune event for TensorBoard, such as

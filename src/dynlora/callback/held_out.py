@@ -1,7 +1,7 @@
 """The held-out loss of a Trainer's model, for ``target_r="auto"``."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,42 +54,33 @@ class HeldOutLoss:
     def backward(self) -> Iterator[None]:
         """Leave the gradients of one batch after the other in the parameters, then those from before.
 
-        Batches are as large as those of training, so that they need no more memory, and together have the
-        rows that the loss is computed on.
+        The batches of the loss, in parts of ``per_device_train_batch_size`` rows where rows can be told
+        apart, so that they need no more memory than a step of training.
         """
         trainer = self._trainer
-        arguments = trainer.args
-        size = min(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
-        batches = -(-self._batches * arguments.per_device_eval_batch_size // size)
         scaler = trainer.accelerator.scaler  # of fp16, where small gradients would be 0 without it
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
+        size = trainer.args.per_device_train_batch_size
         try:
             with self._evaluating(has_checkpoints=True), torch.enable_grad():
-                for inputs in itertools.islice(self._loader_of(size), batches):
-                    for parameter in parameters:
-                        parameter.grad = None
-                    loss = self._loss(inputs)
-                    (loss if scaler is None else scaler.scale(loss)).backward()
-                    yield
+                for inputs in itertools.islice(self._loader, self._batches):
+                    for part in _parts(inputs, size):
+                        for parameter in parameters:
+                            parameter.grad = None
+                        loss = self._loss(part)
+                        (loss if scaler is None else scaler.scale(loss)).backward()
+                        yield
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
 
-    def _loader_of(self, size: int) -> Any:
-        arguments = self._trainer.args
-        whole = arguments.per_device_eval_batch_size
-        arguments.per_device_eval_batch_size = size
-        try:
-            return self._trainer.get_eval_dataloader(self._data)
-        finally:
-            arguments.per_device_eval_batch_size = whole
-
     @contextmanager
     def _evaluating(self, *, has_checkpoints: bool = False) -> Iterator[None]:
-        """The model without dropout, and the run's random numbers as they were.
+        """The model in evaluation mode, and the run's random numbers as they were.
 
-        With ``has_checkpoints``, layers that recompute activations in training do so here too.
+        With ``has_checkpoints``, layers that recompute activations in training do so here too; those that
+        call dropout as a function of their own, as BART's do, have it meanwhile.
         """
         model = self._trainer.model
         was_training = model.training
@@ -109,6 +100,19 @@ class HeldOutLoss:
         with self._trainer.compute_loss_context_manager():
             loss: Tensor = self._trainer.compute_loss(self._trainer.model, prepared)
         return loss
+
+
+def _parts(inputs: Any, size: int) -> list[Any]:
+    """A batch in parts of so many rows; whole, if its entries are not all tensors of as many rows."""
+    if not isinstance(inputs, Mapping) or not all(
+        isinstance(v, Tensor) and v.dim() for v in inputs.values()
+    ):
+        return [inputs]
+    lengths = {len(value) for value in inputs.values()}
+    if len(lengths) != 1:
+        return [inputs]
+    starts = range(0, lengths.pop(), size)
+    return [{key: value[i : i + size] for key, value in inputs.items()} for i in starts]
 
 
 def known_evaluate(

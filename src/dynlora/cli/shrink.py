@@ -56,10 +56,10 @@ def shrink(
     """Make a finished LoRA smaller without training.
 
     With FOLDER alone: prints size against energy, and writes nothing. One
-    rule decides what stays: --energy, --method, --mean-rank, --size-mb, or
-    --model with --data, which finds the smallest size that loses --tolerance
-    of the adapter's gain in held-out loss at most. Prints a LoraConfig that
-    trains what came out.
+    rule decides what stays: --energy, --method, --mean-rank, --size-mb (with
+    --data the better of two orders on it), or --model with --data, which
+    finds the smallest size that loses --tolerance of the adapter's gain in
+    held-out loss at most. Prints a LoraConfig that trains what came out.
 
     For instance: dynlora shrink out --energy 0.95 --out out-small
     dynlora shrink out --model BASE --data val.csv --out out-small

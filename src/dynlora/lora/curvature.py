@@ -8,7 +8,7 @@ nearest M of rank k keeps the k largest terms of the singular value decompositio
 Young): the components of the new basis, worth σ² / tr L each, in one unit for the whole model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,24 +57,33 @@ class Curvature:
                     pair[1] += c.mT @ c
 
     @torch.no_grad()
-    def turn_(self, optimizer: Optimizer | None = None) -> Tensor:
+    def turn_(
+        self,
+        optimizer: Optimizer | None = None,
+        copies: Sequence[Mapping[str, LoraComponents]] = (),
+    ) -> Tensor:
         """Put the components of all modules into the new basis, in place; the function stays the same.
 
         Args:
-            optimizer: its state turns along, as ``dynlora.lora.rotation.turn_`` says.
+            optimizer: its state turns along, as ``dynlora.lora.rotation.rotate_`` says.
+            copies: modules by name of copies of the model, which turn along.
 
         Returns:
-            Worth of each component of the model, (components,), on the CPU; in each module it falls.
+            Worth of each component of the model as a share of the largest, (components,), on the CPU; in
+            each module it falls.
         """
         scores = []
         for module, sums in zip(self.modules, self._sums, strict=True):
             worth = torch.zeros(module.rank, dtype=torch.float64)
-            for pair, (left, right) in zip(module.pairs, sums, strict=True):
-                squares = turn_pair_(pair, left, right, optimizer)
+            for i, (pair, (left, right)) in enumerate(zip(module.pairs, sums, strict=True)):
+                along = [copy[module.name].pairs[i] for copy in copies]
+                squares = turn_pair_(pair, left, right, optimizer, along)
                 worth += worth_of(squares, left).cpu()
             module.ema.zero_()
             scores.append(worth)
-        return torch.cat(scores).float()
+        joined = torch.cat(scores)
+        largest = joined.max()
+        return (joined / largest if largest > 0 else joined).float()
 
 
 def middle_gradient(probe: Factor) -> Tensor | None:

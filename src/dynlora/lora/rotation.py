@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 from dynlora.lora.components import Factor, LoraComponents, find_adapter, find_components
 
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""State of torch's optimizers that averages squares of gradients; turned by the squares of T."""
+"""State that averages squares of gradients; turned by the squares of T⁻ᵀ."""
+
+_MOMENTS = ("exp_avg", "momentum_buffer", "exp_avg_diff")
+"""State that is a sum of gradients, or near to one; turned by T⁻ᵀ."""
+
+_WEIGHTS = ("z", "ax", "p0", "master_param", "master_weight")
+"""State that is another point of the parameter's own space (schedule-free z); turned by T."""
 
 
 @torch.no_grad()
@@ -52,8 +58,8 @@ def rotate_(module: LoraComponents, optimizer: Optimizer | None = None) -> None:
     Args:
         module: a stock LoRA, not sharded.
         optimizer: its state turns along: first moments exactly, averages of squares by the squares of T
-            (exact where gradients of components do not correlate). State of any other kind is deleted,
-            so that the optimizer begins it anew.
+            (exact where gradients of components do not correlate), weights as the parameter. State of any
+            other kind is deleted, so that the optimizer begins it anew.
     """
     for (a, b), switch in zip(module.pairs, module.switches, strict=True):
         turns = torch.stack([basis(v) for v in switch.vectors(switch.parameter.detach())])
@@ -98,14 +104,18 @@ def turn_(
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.numel() == 1:
             continue
-        if value.shape != parameter.shape or not value.is_floating_point():
+        is_known = key in _SQUARES + _MOMENTS + _WEIGHTS
+        if not is_known or value.shape != parameter.shape or not value.is_floating_point():
             del optimizer.state[parameter]  # type: ignore[union-attr]  # there is a state
             return
-        turned_by = gradient_turns.square() if key in _SQUARES else gradient_turns
-        _apply_(factor, value, turned_by)
+        turned_by = turns if key in _WEIGHTS else gradient_turns
+        _apply_(factor, value, turned_by.square() if key in _SQUARES else turned_by)
 
 
 def _apply_(factor: Factor, tensor: Tensor, turns: Tensor) -> None:
-    vectors = factor.vectors(tensor)  # a view
+    plain = tensor.contiguous()  # a copy where a convolution's weight lies channels last
+    vectors = factor.vectors(plain)  # a view
     turned = turns.to(vectors.device) @ vectors.double()
     vectors.copy_(turned)
+    if plain is not tensor:
+        tensor.copy_(plain)

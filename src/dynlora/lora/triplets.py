@@ -5,6 +5,8 @@ and makes T⁻ᵀ L T⁻¹ and T R Tᵀ diagonal: what keeps the first k compone
 in ‖L^½ (I − M) R^½‖. With L = BᵀB and R = A Aᵀ these are the singular triplets of B A (Eckart, Young).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,22 +19,28 @@ _DAMPING = 1e-6
 
 
 @torch.no_grad()
-def to_singular_(module: LoraComponents, optimizer: Optimizer | None = None) -> Tensor:
+def to_singular_(
+    module: LoraComponents,
+    optimizer: Optimizer | None = None,
+    copies: Sequence[LoraComponents] = (),
+) -> Tensor:
     """Make the components of each of the module's pairs singular triplets, largest first, in place.
 
     Scores of the module mean nothing afterwards and are set to 0.
 
     Args:
         module: a stock LoRA, not sharded.
-        optimizer: its state turns along, as ``dynlora.lora.rotation.turn_`` says.
+        optimizer: its state turns along, as ``dynlora.lora.rotation.rotate_`` says.
+        copies: the same module of copies of the model, which turn along.
 
     Returns:
         (s·σ)² of each component, (rank,), summed over the pairs that share it.
     """
     squares = torch.zeros(module.rank, dtype=torch.float64, device=module.ema.device)
-    for a, b in module.pairs:
+    for i, (a, b) in enumerate(module.pairs):
         rows, columns = (f.vectors(f.parameter.detach()).double() for f in (a, b))
-        found = turn_pair_((a, b), columns @ columns.mT, rows @ rows.mT, optimizer)
+        along = [copy.pairs[i] for copy in copies]
+        found = turn_pair_((a, b), columns @ columns.mT, rows @ rows.mT, optimizer, along)
         squares += found.sum(0).to(squares.device)
     module.ema.zero_()
     return (module.scaling or 1.0) ** 2 * squares
@@ -40,7 +48,11 @@ def to_singular_(module: LoraComponents, optimizer: Optimizer | None = None) -> 
 
 @torch.no_grad()
 def turn_pair_(
-    pair: tuple[Factor, Factor], left: Tensor, right: Tensor, optimizer: Optimizer | None
+    pair: tuple[Factor, Factor],
+    left: Tensor,
+    right: Tensor,
+    optimizer: Optimizer | None,
+    copies: Sequence[tuple[Factor, Factor]] = (),
 ) -> Tensor:
     """Turn A and B of one pair into the triplets of L and R, in place.
 
@@ -51,18 +63,21 @@ def turn_pair_(
         left: L, (copies, rank, rank), in float64.
         right: R.
         optimizer: whose state turns along.
+        copies: the same pair in copies of the model, which turn along.
 
     Returns:
         σ² of each triplet, (copies, rank), falling.
     """
-    a, b = pair
+    a, _ = pair
     for_a, for_b, squares = triplets(left, right)
     rows = a.vectors(a.parameter.detach()).double()
     lengths = (for_a @ rows).norm(dim=2, keepdim=True)
     mean = rows.square().sum(2).mean(1).sqrt()[:, None, None].expand_as(lengths)
     size = torch.where((lengths > 0) & (mean > 0), mean / lengths, torch.ones_like(lengths))
-    turn_(a, size * for_a, for_b / size, optimizer)
-    turn_(b, for_b / size, size * for_a, optimizer)
+    for_a, for_b = size * for_a, for_b / size
+    for (one, other), whose in [(pair, optimizer), *((copy, None) for copy in copies)]:
+        turn_(one, for_a, for_b, whose)
+        turn_(other, for_b, for_a, whose)
     return squares
 
 

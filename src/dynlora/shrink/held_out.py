@@ -60,11 +60,11 @@ class HeldOut:
             )
         return mean
 
-    def curved(self) -> tuple[Spectra, list[Tensor]]:
+    def curved(self) -> tuple[Spectra, list[Tensor]] | None:
         """The adapter by the triplets of the loss's curvature, and what each is worth to the loss.
 
         One backward pass over the data: see ``dynlora.lora.curvature``. L is a batch's loss, not divided by
-        its tokens or texts.
+        its tokens or texts. None if no batch has gradients that are all finite.
         """
         modules = self._spectra.modules
         factors = [b for _, b in self._put(self._spectra, self._spectra.everything)]
@@ -72,9 +72,13 @@ class HeldOut:
         for b in factors:
             b.requires_grad_(True)
         sums = [torch.zeros(2, *m.sigma.shape, m.count, dtype=torch.float64) for m in modules]
+        is_known = False
         for batch, count in self._batches:
             loss = self._model(**batch).loss * count
             gradients = torch.autograd.grad(loss, factors, allow_unused=True)
+            if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+                continue
+            is_known = True
             for pair, b, gradient, module in zip(sums, factors, gradients, modules, strict=True):
                 if gradient is None:  # an expert that no text was sent to
                     continue
@@ -84,6 +88,8 @@ class HeldOut:
                 )
                 c = (columns.mT @ slopes)[:, : module.count, : module.count]
                 pair += torch.stack([c @ c.mT, c.mT @ c])
+        if not is_known:
+            return None
         turned, worth = [], []
         for module, (left, right) in zip(modules, sums, strict=True):
             spectrum, squares = module.turned(left, right)

@@ -23,7 +23,7 @@ class Size:
         num_bytes: of ``adapter_model.safetensors``.
         parameters: of the low-rank factors.
         mean_rank: rank of the LoRA that has as many parameters with one rank everywhere.
-        energy: share of Σσ² (scaling included) of the whole adapter.
+        energy: 1 − ‖ΔW − cut‖² / ‖ΔW‖², scaling included: of singular triplets the share of Σσ².
         max_rank: largest rank of a module.
         dead: modules of rank 0.
         loss: on the held-out data, if there is any.

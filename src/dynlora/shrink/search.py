@@ -43,11 +43,16 @@ def gain_lost(loss: float, whole: float, without: float) -> float:
 
 def measured_orders(spectra: Spectra, held_out: HeldOut) -> dict[str, tuple[Spectra, Tensor]]:
     """The adapter by singular triplets and by those of curvature, and their order, by its name."""
-    curved, worth = held_out.curved()
-    return {
-        "singular values": (spectra, spectra.order()),
-        "curvature": (curved, curved.order(worth)),
-    }
+    orders = {"singular values": (spectra, spectra.order())}
+    if (found := held_out.curved()) is not None:
+        curved, worth = found
+        orders["curvature"] = curved, curved.order(worth)
+    return orders
+
+
+def is_nearer_than_0(basis: Spectra, cut: Cut) -> bool:
+    """Whether a cut is nearer to ΔW than no adapter is; one by curvature need not be, far from the data."""
+    return basis.energy(cut) > 0
 
 
 def search(
@@ -74,7 +79,9 @@ def search(
             is_within = lost <= tolerance
             points.append(Point(name, kept, basis.num_bytes(cut), loss, lost, is_within))
             low, high = (low, middle) if is_within else (middle, high)
-        found.append((basis, basis.first(order, high)))
+        cut = basis.first(order, high)
+        if name == "singular values" or is_nearer_than_0(basis, cut):
+            found.append((basis, cut))
     points.sort(key=lambda p: (p.order != "singular values", -p.num_bytes, -p.components))
     basis, cut = min(found, key=lambda one: one[0].num_bytes(one[1]))
     return basis, cut, tuple(points)

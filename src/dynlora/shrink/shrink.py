@@ -20,7 +20,7 @@ from dynlora.shrink.choice import by_budget, by_energy, by_method
 from dynlora.shrink.held_out import HeldOut
 from dynlora.shrink.report import ShrinkReport
 from dynlora.shrink.rows import read_rows
-from dynlora.shrink.search import measured_orders, search
+from dynlora.shrink.search import is_nearer_than_0, measured_orders, search
 from dynlora.shrink.spectrum import Cut, Spectra, decompose
 
 DEFAULT_TOLERANCE = 0.003
@@ -195,7 +195,8 @@ def _best_within(
     if held_out is None:
         return spectra, by_budget(spectra, spectra.order(), name, value)
     orders = measured_orders(spectra, held_out).values()
-    cuts = [(basis, by_budget(basis, order, name, value)) for basis, order in orders]
+    first, *others = [(basis, by_budget(basis, order, name, value)) for basis, order in orders]
+    cuts = [first, *(cut for cut in others if is_nearer_than_0(*cut))]
     return min(cuts, key=lambda one: held_out.loss(*one))
 
 

@@ -14,7 +14,7 @@ from dynlora.adapter_files.write import metadata
 from dynlora.lora.triplets import triplets
 
 Cut = Sequence[Tensor]
-"""For each module a mask of its singular triplets: which stay."""
+"""For each module a mask of its triplets: which stay."""
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -69,14 +69,14 @@ class Spectrum:
         return float((grams * sigma.unsqueeze(1) * sigma.unsqueeze(2)).sum().clamp(min=0))
 
     def difference(self, keep: Tensor, update: Update) -> float:
-        """Frobenius norm of an update's B A minus the kept triplets, relative to theirs."""
+        """Frobenius norm of an update's B A minus the kept triplets, relative to √Σσ² of these."""
         b, a = update.stacked()
         kept = self.left[..., keep].double() * self.sigma[:, keep].unsqueeze(1)
         tall = torch.cat([b.double(), -kept], dim=2)
         wide = torch.cat([a.double(), self.right[:, keep].double()], dim=1)
-        squared = float(((tall.mT @ tall) * (wide @ wide.mT)).sum().clamp(min=0))
-        norm = self.squared_norm(keep)
-        return (squared / norm if norm else squared) ** 0.5
+        squared = ((tall.mT @ tall) * (wide @ wide.mT)).sum().clamp(min=0)
+        norm = self.sigma[:, keep].square().sum()
+        return float((squared / norm).sqrt() if norm else squared.sqrt())
 
     @torch.no_grad()
     def turned(self, left: Tensor, right: Tensor) -> tuple["Spectrum", Tensor]:
@@ -117,7 +117,7 @@ def decompose(update: Update) -> Spectrum:
 
 @dataclass(frozen=True)
 class Spectra:
-    """An adapter by singular triplets, and the form in which cuts of it are written.
+    """An adapter by triplets, singular ones or others, and the form in which cuts of it are written.
 
     Attributes:
         adapter: as it was read.
