@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_lab.bench.results import DONE, Result, read_results, read_suite_file
-from dynlora_lab.bench.statistics import Difference, paired
+from dynlora_lab.bench.statistics import Difference, mean_text, paired
 from dynlora_lab.bench.suite import Suite
 
 TOLERANCES = (0.003, 0.01, 0.03)
@@ -144,9 +144,7 @@ def _table(cuts: Cuts, head: str, rows: list[tuple[str, str, Any]]) -> list[str]
 
 
 def _difference(found: Difference) -> str:
-    interval = found.interval
-    text = "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
-    return f"{found.mean:+.2f}{text}"
+    return mean_text(found.mean, found.interval)
 
 
 def picture(cuts: Cuts, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynlora_lab.bench.plan import chosen_rate
 from dynlora_lab.bench.results import DONE, Result, read_results, read_suite_file
-from dynlora_lab.bench.statistics import Difference, paired
+from dynlora_lab.bench.statistics import Difference, mean_text, paired
 from dynlora_lab.bench.suite import Suite
 
 LORA = "lora-r"
@@ -192,10 +192,7 @@ def _spread(scores: list[float]) -> str:
 
 
 def _difference(found: Difference) -> str:
-    interval = found.interval
-    return f"{found.mean:+.2f}" + (
-        "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
-    )
+    return mean_text(found.mean, found.interval)
 
 
 def picture(sizes: Sizes, path: Path) -> None:

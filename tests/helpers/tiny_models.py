@@ -19,6 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from dynlora import DynLoraConfig, RankAllocator
+from dynlora.lora.components import find_components
 from small_net import SETTINGS
 
 VOCABULARY = 40
@@ -128,6 +129,22 @@ class LayerKinds(nn.Module):
 def layer_kinds():
     set_seed(0)
     return LayerKinds().eval()
+
+
+EVERY_LAYER = [
+    (layer_kinds, {"target_modules": ["embedding", "conv1d", "conv2d", "mha", "hf_conv1d"]}),
+    (tiny_experts, {"target_parameters": EXPERTS}),
+]
+"""Models and what of a LoraConfig adapts all that may be turned in them."""
+
+
+def random_lora(build, fields):
+    """A LoRA of rank 3 with random factors."""
+    model = get_peft_model(build(), LoraConfig(r=3, **fields))
+    for module in find_components(model, "default"):
+        for factor in module.factors:
+            factor.parameter.data = 0.3 * torch.randn(factor.parameter.shape)
+    return model
 
 
 def batch(model):

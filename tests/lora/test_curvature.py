@@ -8,7 +8,7 @@ from dynlora.lora.components import find_components
 from dynlora.lora.curvature import Curvature, middle_gradient
 from dynlora.lora.triplets import to_singular_, triplets
 from small_net import adamw, adapted, data, train
-from tiny_models import EXPERTS, layer_kinds, logits, tiny_experts
+from tiny_models import EVERY_LAYER, logits, random_lora
 
 WIDTHS = (6, 16, 16, 4)
 
@@ -103,20 +103,11 @@ def test_a_cut_by_curvature_costs_less_than_the_cut_of_the_same_components_by_en
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-@pytest.mark.parametrize(
-    ("build", "fields"),
-    [
-        (layer_kinds, {"target_modules": ["embedding", "conv1d", "conv2d", "mha", "hf_conv1d"]}),
-        (tiny_experts, {"target_parameters": EXPERTS}),
-    ],
-)
+@pytest.mark.parametrize(("build", "fields"), EVERY_LAYER)
 def test_every_kind_of_layer_is_turned_and_computes_the_same(build, fields):
     torch.manual_seed(0)
-    model = get_peft_model(build(), LoraConfig(r=3, **fields))
+    model = random_lora(build, fields)
     modules = find_components(model, "default")
-    for module in modules:
-        for factor in module.factors:
-            factor.parameter.data = 0.3 * torch.randn(factor.parameter.shape)
     found = Curvature(modules)
     for _ in range(4):
         model.zero_grad()

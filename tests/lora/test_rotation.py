@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from dynlora import warm_start_
 from dynlora.lora.components import find_components
 from small_net import TARGETS, adamw, allocated, data, small_net, train
-from tiny_models import EXPERTS, layer_kinds, logits, tiny_experts
+from tiny_models import EVERY_LAYER, logits, random_lora
 
 FIELDS = {"r": 6, "lora_alpha": 9, "target_modules": TARGETS}
 
@@ -38,18 +38,9 @@ def test_the_function_does_not_change(tmp_path, fields):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-@pytest.mark.parametrize(
-    ("build", "fields"),
-    [
-        (layer_kinds, {"target_modules": ["embedding", "conv1d", "conv2d", "mha", "hf_conv1d"]}),
-        (tiny_experts, {"target_parameters": EXPERTS}),
-    ],
-)
+@pytest.mark.parametrize(("build", "fields"), EVERY_LAYER)
 def test_so_it_is_on_every_kind_of_layer(build, fields):
-    model = get_peft_model(build(), LoraConfig(r=3, **fields))
-    for module in find_components(model, "default"):
-        for factor in module.factors:
-            factor.parameter.data = 0.3 * torch.randn(factor.parameter.shape)
+    model = random_lora(build, fields)
     expected = logits(model)
     warm_start_(model)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)

@@ -53,8 +53,7 @@ class Curvature:
         for sums, cs in zip(self._sums, middles, strict=True):
             for pair, c in zip(sums, cs, strict=True):
                 if c is not None:
-                    pair[0] += c @ c.mT
-                    pair[1] += c.mT @ c
+                    pair += metrics_of(c)
 
     @torch.no_grad()
     def turn_(
@@ -97,6 +96,11 @@ def middle_gradient(probe: Factor) -> Tensor | None:
     gradients = probe.vectors(probe.parameter.grad).double()
     is_a = probe.container in ("lora_A", "lora_embedding_A")
     return gradients @ vectors.mT if is_a else vectors @ gradients.mT
+
+
+def metrics_of(c: Tensor) -> Tensor:
+    """C Cᵀ and Cᵀ C of one batch, (2, copies, rank, rank), from C, (copies, rank, rank)."""
+    return torch.stack([c @ c.mT, c.mT @ c])
 
 
 def worth_of(squares: Tensor, left: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dynlora.export.models import BaseModel, agreement, outputs
-from dynlora.lora.curvature import worth_of
+from dynlora.lora.curvature import metrics_of, worth_of
 from dynlora.shrink.rows import Rows
 from dynlora.shrink.spectrum import Cut, Spectra
 
@@ -87,7 +87,7 @@ class HeldOut:
                     for f in (b, gradient)
                 )
                 c = (columns.mT @ slopes)[:, : module.count, : module.count]
-                pair += torch.stack([c @ c.mT, c.mT @ c])
+                pair += metrics_of(c)
         if not is_known:
             return None
         turned, worth = [], []

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,26 @@ def cell_result(
     Returns:
         ``selected`` and ``reported`` hold the metric after the last epoch (``final``) and at the epoch
         that was best on ``select`` among those within the final budget (``best``, None if there was
-        none); ``curve`` holds both at every evaluation.
+        none); ``curve`` holds both at every evaluation; ``cuts``, if any, metric and loss of each.
     """
     metric = record["metric"].removeprefix(f"eval_{select}_")
 
-    def value(entry: Mapping[str, Any], sets: Sequence[str]) -> float:
-        return float(sum(entry[f"eval_{name}_{metric}"] for name in sets) / len(sets))
+    def value(entry: Mapping[str, Any], sets: Sequence[str], of: str = metric) -> float:
+        return float(sum(entry[f"eval_{name}_{of}"] for name in sets) / len(sets))
 
     final, best = record["metrics"], record["best"]
     plain = recipe.to_dict()
     plain.pop("output")
+    cuts = [
+        {
+            **{name: cut[name] for name in ("order", "rank", "parameters")},
+            "selected": value(cut, [select]),
+            "reported": value(cut, report),
+            "selected_loss": value(cut, [select], "loss"),
+            "reported_loss": value(cut, report, "loss"),
+        }
+        for cut in record.get("cuts", ())
+    ]
     return {
         "status": DONE,
         "metric": metric,
@@ -110,27 +120,7 @@ def cell_result(
         ],
         "recipe": json.loads(json.dumps(plain, default=str)),
         **{name: record.get(name) for name in KEPT},
-        **(
-            {"cuts": [_cut(c, value, select, report) for c in record["cuts"]]}
-            if "cuts" in record
-            else {}
-        ),
-    }
-
-
-def _cut(
-    cut: Mapping[str, Any],
-    value: Callable[[Mapping[str, Any], Sequence[str]], float],
-    select: str,
-    report: Sequence[str],
-) -> dict[str, Any]:
-    """A smaller adapter: what it is, its metric and its loss on the selecting set and on those shown."""
-    return {
-        **{name: cut[name] for name in ("order", "rank", "parameters")},
-        "selected": value(cut, [select]),
-        "reported": value(cut, report),
-        "selected_loss": cut[f"eval_{select}_loss"],
-        "reported_loss": sum(cut[f"eval_{name}_loss"] for name in report) / len(report),
+        **({"cuts": cuts} if cuts else {}),
     }
 
 

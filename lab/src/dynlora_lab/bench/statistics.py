@@ -40,6 +40,15 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None
 
 
+def mean_text(mean: float, interval: Sequence[float] | None) -> str:
+    """A difference for a table, with its interval where it is known.
+
+    >>> mean_text(0.5, (0.03, 0.96)), mean_text(-0.1, None)
+    ('+0.50 [+0.03, +0.96]', '-0.10')
+    """
+    return f"{mean:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
+
+
 def paired(groups: Sequence[Sequence[float]]) -> Difference:
     """Compare by the differences of pairs, task by task.
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynlora_lab.bench.statistics import mean_text
+
 NONE = "-"
 
 CSV_FIELDS = (
@@ -300,11 +302,7 @@ def difference_text(difference: Mapping[str, Any] | None) -> str:
 def _with_interval(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return NONE
-    text = f"{difference['mean']:+.2f}"
-    if difference["interval"]:
-        low, high = difference["interval"]
-        text += f" [{low:+.2f}, {high:+.2f}]"
-    return text
+    return mean_text(difference["mean"], difference["interval"])
 
 
 def _rows_by_place(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

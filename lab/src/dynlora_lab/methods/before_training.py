@@ -16,9 +16,9 @@ BATCHES = 8
 """Batches that are looked at, as in PEFT's example of LoRA-GA and in FIM-LoRA."""
 
 
-def first_batches(target: Target) -> Iterator[Mapping[str, Tensor]]:
+def first_batches(target: Target, count: int = BATCHES) -> Iterator[Mapping[str, Tensor]]:
     """The first batches of the training rows."""
-    return islice(target.batches(), BATCHES)
+    return islice(target.batches(), count)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
@@ -97,20 +97,35 @@ def truncate_(
     start = AdapterStart.of(model)
     for module in start.modules:
         to_singular_triplets_(module)
-    values = [squared_norms(module) for module in start.modules]
+    scores = torch.cat([squared_norms(module) for module in start.modules])
+    mask_within_(start, scores, target_r=target_r, budget=budget)
+    return LoraAdapter(model, start).finish_()
+
+
+@torch.no_grad()
+def mask_within_(start: AdapterStart, scores: Tensor, *, target_r: float, budget: Budget) -> int:
+    """Set all components of a LoRA to 0 but those with the most score per cost that a budget holds.
+
+    Args:
+        start: the LoRA; ``live`` of its modules says what stays.
+        scores: of all components, in module order.
+        target_r: mean rank per module to keep; 0 keeps nothing.
+        budget: what it counts.
+
+    Returns:
+        What is kept, in the unit of the budget.
+    """
     in_components = budget == "components"
     sizes = [1 if in_components else size for size in start.sizes.values()]
-    costs = [size for size, value in zip(sizes, values, strict=True) for _ in range(len(value))]
-    keep = select_components(
-        torch.cat(values),
-        torch.tensor(costs),
-        target_cost(target_r, sizes, in_components=in_components),
-    )
-    for module, live in zip(start.modules, keep.split([len(v) for v in values]), strict=True):
+    ranks = [module.rank for module in start.modules]
+    costs = torch.tensor(sizes).repeat_interleave(torch.tensor(ranks))
+    limit = target_cost(target_r, sizes, in_components=in_components) if target_r else 0
+    keep = select_components(scores, costs, limit)
+    for module, live in zip(start.modules, keep.split(ranks), strict=True):
         module.live.copy_(live)
     # a module that cannot lose its adapter keeps a component, which must be 0
     Masks(start.modules).apply_()
-    return LoraAdapter(model, start).finish_()
+    return int(costs[keep].sum())
 
 
 def _plain(options: AdapterOptions, target: Target, rank: int) -> Adapted:
